@@ -1,0 +1,167 @@
+"""Logical axes: modules name what an axis means, one table says which mesh axes carry it.
+
+Knows no model and no objective. Law: a name that is not in the table, or a missing mesh, is an
+error; nothing is ever replicated silently because of a typo.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm.parallel.mesh import MESH_AXES
+
+# What an axis of a parameter or an activation can mean. Parameters and activations have separate
+# names for the model dimension, so that FSDP shards the one and not the other.
+LOGICAL_AXES = (
+    # activations
+    "batch",  # B
+    "length",  # T or S
+    "kv_length",  # S of keys and values, when it differs in placement from the queries'
+    "activation_embed",  # D of an activation
+    "activation_heads",  # N or K of an activation
+    "activation_mlp",  # F of an activation
+    "activation_vocab",  # V of logits
+    "activation_experts",  # E of dispatched tokens
+    "capacity",  # C
+    # parameters
+    "vocab",  # V
+    "embed",  # D
+    "heads",  # N
+    "kv_heads",  # K
+    "head_dim",  # H
+    "mlp",  # F
+    "experts",  # E
+    "latent",  # low-rank dimensions (MLA, factorised embeddings)
+    "positions",  # learned position tables
+    "buckets",  # relative position buckets
+    "norm",  # scales and biases of width D
+    "classes",  # labels of a classification head
+    "layers",  # stacked by scan
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The table: logical axis -> mesh axes, one row per logical axis; () keeps the axis whole.
+
+    Attributes:
+      parameters: rows used for parameters, gradients and optimizer state.
+      activations: rows used by `constrain`.
+    """
+
+    parameters: Mapping[str, tuple[str, ...]]
+    activations: Mapping[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        for table in (self.parameters, self.activations):
+            for name, mesh_axes in table.items():
+                if name not in LOGICAL_AXES:
+                    raise ValueError(f"unknown logical axis {name!r} in the sharding table; known: {LOGICAL_AXES}")
+                for axis in mesh_axes:
+                    if axis not in MESH_AXES:
+                        raise ValueError(f"row {name!r} of the sharding table names mesh axis {axis!r}; known: {MESH_AXES}")
+
+
+def spec(axes: tuple[str | None, ...], table: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+    """Resolves logical axis names to a PartitionSpec; a mesh axis is used once per array, first come.
+
+    Args:
+      axes: one logical name per array axis; None keeps that axis whole.
+      table: rows of `Rules.parameters` or `Rules.activations`.
+
+    Raises:
+      ValueError: a name is not a logical axis.
+    """
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | None] = []
+    for name in axes:
+        if name is not None and name not in LOGICAL_AXES:
+            raise ValueError(f"unknown logical axis {name!r}; known: {', '.join(LOGICAL_AXES)}")
+        free = tuple(a for a in table.get(name, ()) if a not in used) if name else ()
+        used.update(free)
+        entries.append(free or None)
+    return PartitionSpec(*entries)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scope:
+    mesh: Mesh
+    rules: Rules
+
+
+_SCOPES: list[_Scope] = []
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
+    """Makes `mesh` and `rules` the ones that `constrain` resolves names with, while tracing."""
+    _SCOPES.append(_Scope(mesh, rules))
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _SCOPES.pop()
+
+
+def current() -> tuple[Mesh, Rules]:
+    """Returns the mesh and rules in force.
+
+    Raises:
+      RuntimeError: outside `use(...)`.
+    """
+    if not _SCOPES:
+        raise RuntimeError("no mesh in force: call the model inside `with lm.parallel.use(mesh, rules):`")
+    return _SCOPES[-1].mesh, _SCOPES[-1].rules
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Says where an activation lives, by the meaning of its axes.
+
+    Args:
+      x: array of rank len(axes).
+      *axes: a logical name, or None, for each axis.
+
+    Raises:
+      RuntimeError: no mesh in force. ValueError: an unknown name, or a wrong number of names.
+    """
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} axis names {axes} for an array of shape {x.shape}")
+    mesh, rules = current()
+    resolved = spec(axes, rules.activations)
+    if mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, resolved))
+
+
+# One row per logical axis; the presets differ only in mesh shape, because an axis of size 1 costs nothing.
+DEFAULT_RULES = Rules(
+    parameters=MappingProxyType(
+        {
+            "vocab": ("tensor",),
+            "embed": ("fsdp",),
+            "heads": ("tensor",),
+            "kv_heads": ("tensor",),
+            "mlp": ("tensor",),
+            "experts": ("expert",),
+            "latent": (),
+            "positions": (),
+            "norm": (),
+            "layers": ("stage",),
+        }
+    ),
+    activations=MappingProxyType(
+        {
+            "batch": ("data", "fsdp", "expert"),
+            "length": ("context",),
+            "kv_length": (),
+            "activation_heads": ("tensor",),
+            "activation_mlp": ("tensor",),
+            "activation_vocab": ("tensor",),
+            "activation_experts": ("expert",),
+        }
+    ),
+)
