@@ -55,6 +55,21 @@ class Batch(NamedTuple):
     components: Array | None = None
 
 
+class WeightedSum(NamedTuple):
+    """A sum of weighted values with the sum of the weights; the mean is taken once, at the very end.
+
+    Adding the pairs of microbatches, devices or batches and dividing afterwards is exact; averaging
+    means is not.
+
+    Attributes:
+      sum: f32[], sum of weight times value.
+      weight: f32[], sum of the weights.
+    """
+
+    sum: Array
+    weight: Array
+
+
 # The dtype of each field of a Batch, on the host and on the device.
 DTYPES = {name: np.dtype(np.int32) for name in Batch._fields} | {
     "weights": np.dtype(np.float32),
