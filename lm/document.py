@@ -20,24 +20,30 @@ class Vocabulary(Protocol):
     @property
     def size(self) -> int:
         """Number of ids, special ones included."""
+        ...
 
     @property
     def specials(self) -> SpecialTokens:
         """The ids that are not text."""
+        ...
 
     @property
     def token_bytes(self) -> np.ndarray:
         """i32[V], UTF-8 bytes of text that each id stands for; 0 for the special ones."""
+        ...
 
     @property
     def starts_word(self) -> np.ndarray:
         """bool[V], whether an id begins a new word (whole-word masking, BART's spans)."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Returns i32[N], the ids of `text`, without special tokens."""
+        ...
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Returns the text of `ids`; special tokens are shown by their names."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +77,8 @@ class Objective(Protocol):
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns the document's examples, each no longer than `context.lengths`; may be empty."""
+        ...
 
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         """Returns one plain sentence for each reason why these settings cannot work; empty if none."""
+        ...
