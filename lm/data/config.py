@@ -30,6 +30,8 @@ class DataConfig:
       seed: of the order of documents and of every random choice an objective makes.
       validation_fraction: share of the documents held out, by the hash of their ids.
       window: documents packed together; more of them waste fewer positions and cost more work on resuming.
+      shuffle_rows: a training row is drawn among as many of its lane's next rows, so that the parts of a long
+        document do not follow one another; 1 keeps their order.
       packing: whether several examples share a row; otherwise each has a row of its own.
       num_epochs: training ends after so many passes; None never ends.
       prefetch: batches made ahead of time.
@@ -47,6 +49,7 @@ class DataConfig:
     seed: int = 0
     validation_fraction: float = 0.05
     window: int = 64
+    shuffle_rows: int = 128
     packing: bool = True
     num_epochs: int | None = None
     prefetch: int = 2
@@ -65,8 +68,8 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         """Returns one plain sentence for each reason why these settings cannot work; empty if none."""
-        least = {"sequence_length": 1, "seed": 0, "window": 1, "prefetch": 0, "num_workers": 0, "cache_megabytes": 0}
-        least |= {"encoder_length": 1, "num_epochs": 1}
+        least = {"sequence_length": 1, "encoder_length": 1, "seed": 0, "window": 1, "shuffle_rows": 1, "num_epochs": 1}
+        least |= {"prefetch": 0, "num_workers": 0, "cache_megabytes": 0}
         problems = [
             f"data.{name} is {value}, it must be {bound} or more"
             for name, bound in least.items()

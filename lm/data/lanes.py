@@ -14,6 +14,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm.batch import Document, Example
 from lm.data import packing
 from lm.data.config import DataConfig
@@ -26,6 +28,8 @@ from lm.data.tokenizers import Tokenizer
 from lm.document import Context, Objective
 
 State = dict[str, Any]
+# Keeps the draws of the order of rows apart from all others.
+_ROW_ORDER = 0x524F57
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +98,13 @@ class WindowRows:
         self._checked = False
 
     def __call__(self, window: int) -> Iterator[Row]:
-        """Yields the rows of a window in order."""
+        """Yields the rows of a window."""
         pack = packing.first_fit if self._plan.config.packing else packing.one_a_row
-        return pack(self._examples(window), self._plan.config.lengths)
+        rows = pack(self._examples(window), self._plan.config.lengths)
+        if not self.windows.shuffle:
+            return rows
+        key = np.random.SeedSequence([*self.windows.seed, window, _ROW_ORDER])
+        return packing.shuffle(rows, self._plan.config.shuffle_rows, np.random.Generator(np.random.Philox(key)))
 
     def _examples(self, window: int) -> Iterator[tuple[str, Example]]:
         epoch, places = self.windows.places(window)

@@ -95,6 +95,20 @@ def first_fit(examples: Iterable[tuple[str, Example]], lengths: Lengths) -> Iter
     yield from rows
 
 
+def shuffle(rows: Iterable[Row], buffer_size: int, rng: np.random.Generator) -> Iterator[Row]:
+    """Yields rows in random order, each drawn among the next `buffer_size`: parts of a document come apart."""
+    held: list[Row] = []
+    for row in rows:
+        if len(held) < buffer_size:
+            held.append(row)
+            continue
+        place = int(rng.integers(buffer_size))
+        held[place], drawn = row, held[place]
+        yield drawn
+    for place in rng.permutation(len(held)):
+        yield held[place]
+
+
 def _positions(lengths: np.ndarray) -> np.ndarray:
     """Returns 0, 1, 2, ... restarted for each of the lengths."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
+from absl import flags
 
 from lm.data.lanes import Lanes, Plan, SinglePass, State
 from lm.data.pipeline import Item, make_item
@@ -66,6 +67,9 @@ def in_thread(plan: Plan, reader: Reader) -> Iterator[Item]:
 
 def in_process(plan: Plan, first: int, stop: int, state: State) -> Iterator[Item]:
     """Returns the batches of rows `first` to `stop` after `state`, `prefetch` of them made ahead by a process."""
+    if not flags.FLAGS.is_parsed():
+        # Grain asks absl for its own flags; a notebook or a test parses none, and gets their defaults.
+        flags.FLAGS.mark_as_parsed()
     items = Items(plan, _OpenAt(plan, first, stop, state))
     options = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=plan.config.prefetch)
     return iter(items.mp_prefetch(options))
