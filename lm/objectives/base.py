@@ -6,12 +6,19 @@ lengths, seed, epoch, index) only, never of worker, process or call order.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
+
+# What a generator is for. Two draws of one objective that must be independent have two purposes.
+CORRUPTION = 0
+CHOICE = 1
+
+Layout = Literal["decoder", "encoder", "encoder_decoder"]
 
 
 class Vocabulary(Protocol):
@@ -65,12 +72,80 @@ class Context:
         key = np.random.SeedSequence([self.seed, self.epoch, self.index, purpose])
         return np.random.Generator(np.random.Philox(key))
 
+    def static_rng(self, document: Document, num_duplicates: int, purpose: int) -> np.random.Generator:
+        """Returns a generator that repeats every `num_duplicates` epochs, wherever the shuffle puts the document.
+
+        It is keyed by the document's id instead of its index, so that a corpus has a fixed number of
+        corruptions of each document, as if they had been written to files once (BERT).
+        """
+        digest = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=16).digest(), "little")
+        key = np.random.SeedSequence([self.seed, self.epoch % num_duplicates, digest, purpose])
+        return np.random.Generator(np.random.Philox(key))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an objective's examples hold, as data, so that a model is checked against them without naming either.
+
+    Attributes:
+      layouts: the stacks that can read the examples. "decoder": one stack that obeys the causal order and the
+        `bidirectional` flags; "encoder": one stack that sees both ways everywhere; "encoder_decoder": two stacks,
+        in use when `Lengths.encoder` is set.
+      bidirectional: whether positions of the decoder layout may see ahead (a kernel that is causal only cannot).
+      autoregressive: whether each target follows its input, so that the trained model generates left to right;
+        false where a position predicts its own hidden token.
+      originals: whether `targets` holds the original token at every position, whatever the weights (a model that
+        judges replaced tokens reads them).
+      fields: optional fields of `Batch` that every example sets, the encoder's apart.
+      num_labels: classes in `label_targets`; 0 where no label is set.
+      component_names: what the ids in `components` stand for, for logs; empty where the field is not set.
+    """
+
+    layouts: frozenset[Layout]
+    bidirectional: bool = False
+    autoregressive: bool = True
+    originals: bool = False
+    fields: frozenset[str] = frozenset()
+    num_labels: int = 0
+    component_names: tuple[str, ...] = ()
+
 
 class Objective(Protocol):
     """Turns documents into examples. Implementations are frozen dataclasses, one a file."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the examples hold, given these settings."""
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns the document's examples, each no longer than `context.lengths`; may be empty."""
 
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         """Returns one plain sentence for each reason why these settings cannot work; empty if none."""
+
+
+def find_missing(specials: SpecialTokens, *names: str) -> list[str]:
+    """Returns a sentence for each special token in `names` that the tokenizer lacks."""
+    return [
+        f"the tokenizer has no {name!r} token, which this objective needs: add it to the tokenizer's special tokens"
+        for name in names
+        if getattr(specials, name) is None
+    ]
+
+
+def cut(tokens: np.ndarray, limit: int, minimum: int = 1) -> list[np.ndarray]:
+    """Cuts `tokens` into consecutive pieces of `limit`, the last one shorter but of at least `minimum` tokens.
+
+    The last piece but one gives up what the last lacks. A document of fewer than `minimum` tokens gives nothing.
+
+    Raises:
+      ValueError: if `limit` is below `minimum`, or no piece can give up enough.
+    """
+    if limit < minimum or (minimum > 1 and limit < 2 * minimum - 1):
+        raise ValueError(f"pieces of at most {limit} tokens cannot always have {minimum}: raise the lengths")
+    if len(tokens) < minimum:
+        return []
+    bounds = [*range(0, len(tokens), limit), len(tokens)]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] < minimum:
+        bounds[-2] = bounds[-1] - minimum
+    return [tokens[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
