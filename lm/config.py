@@ -160,15 +160,24 @@ def parse(hint: Any, text: str, path: str, current: Any = None) -> Any:
     Raises:
       ConfigError: naming `path` and what is allowed there.
     """
-    for option in _alternatives(hint):
-        try:
-            return _parse_one(option, text, current)
-        except ValueError:
-            continue
+    try:
+        return _parse_any(hint, text, current)
+    except ValueError:
+        pass
     names = [a.__name__ for a in _alternatives(hint) if dataclasses.is_dataclass(a)]
     names += [str(a) for h in _alternatives(hint) if typing.get_origin(h) is Literal for a in typing.get_args(h)]
     near = f"; {_nearest(text, names)}" if names else ""
     raise ConfigError(f"{path}: {text!r} is not {describe(hint)}{near}")
+
+
+def _parse_any(hint: Any, text: str, current: Any) -> Any:
+    # None before everything, since any text is a str; str after everything.
+    for option in sorted(_alternatives(hint), key=lambda h: (h is not types.NoneType) + (h is str)):
+        try:
+            return _parse_one(option, text, current)
+        except ValueError:
+            continue
+    raise ValueError(text)
 
 
 def _parse_one(hint: Any, text: str, current: Any) -> Any:
@@ -179,22 +188,17 @@ def _parse_one(hint: Any, text: str, current: Any) -> Any:
         return lowered in ("true", "1")
     if hint is int:
         number = float(text) if re.fullmatch(r"[\d.]+e\d+", lowered) else int(text.replace("_", ""))
-        if number != int(number):
-            raise ValueError(text)
-        return int(number)
+        return int(number) if number == int(number) else _refuse(text)
     if hint is float:
         return float(text)
     if hint is str:
         return text
     if typing.get_origin(hint) is Literal:
-        return (
-            next(a for a in typing.get_args(hint) if str(a) == text)
-            if text in map(str, typing.get_args(hint))
-            else _refuse(text)
-        )
+        choices = {str(choice): choice for choice in typing.get_args(hint)}
+        return choices[text] if text in choices else _refuse(text)
     if typing.get_origin(hint) is tuple:
         element = typing.get_args(hint)[0]
-        return tuple(parse(element, part.strip(), "", None) for part in text.strip("()[]").split(",") if part.strip())
+        return tuple(_parse_any(element, part.strip(), None) for part in text.strip("()[]").split(",") if part.strip())
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and text == hint.__name__:
         return _switch(hint, current)
     return _refuse(text)
@@ -256,7 +260,7 @@ def from_json(hint: Any, data: Any, path: str = "config") -> Any:
 def _dataclass_from_json(classes: list[Any], data: dict[str, Any], path: str) -> Any:
     named = {c.__name__: c for c in classes}
     name = data.get("type", classes[0].__name__ if len(classes) == 1 else None)
-    if name not in named:
+    if not isinstance(name, str) or name not in named:
         raise ConfigError(f"{path}: no type {name!r} here; {_nearest(str(name), named)}")
     cls = named[name]
     hints = field_types(cls)

@@ -160,7 +160,8 @@ class Experiment:
             found.append(f"num_microbatches {self.num_microbatches} does not divide batch_size {self.batch_size}")
         if self.model.max_length is not None and self.data.sequence_length > self.model.max_length:
             found.append(
-                f"data.sequence_length {self.data.sequence_length} is longer than model.max_length {self.model.max_length}"
+                f"data.sequence_length {self.data.sequence_length} is longer than "
+                f"model.max_length {self.model.max_length}"
             )
         if self.init_from is not None and not os.path.isdir(self.init_from):
             found.append(f"init_from: no directory {self.init_from}")

@@ -76,8 +76,10 @@ def _help(argv: Sequence[str], schema: Callable[[], type] | None) -> str:
     """The program's docstring, its own flags, and every field of the given (or default) config."""
     main_module = sys.modules["__main__"]
     lines = [(main_module.__doc__ or "").strip(), "", "Flags:"]
-    for flag in flags.FLAGS.get_flags_for_module(main_module) + flags.FLAGS.get_flags_for_module(sys.modules[__name__]):
-        lines.append(f"  --{flag.name}: {flag.help}" + (f" (default {flag.value})" if flag.value is not None else ""))
+    modules = (main_module, sys.modules[__name__])
+    own = [flag for module in modules for flag in flags.FLAGS.get_flags_for_module(module)]
+    defaults = ["" if flag.value is None else f" (default {flag.value})" for flag in own]
+    lines += [f"  --{flag.name}: {flag.help}{default}" for flag, default in zip(own, defaults, strict=True)]
     if schema is not None:
         given = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
         lines += ["", "Config fields, each overridden by --config.PATH=VALUE:"]

@@ -119,7 +119,8 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     if experiment.batch_size // experiment.num_microbatches % shards:
         raise ConfigError(
             f"config: batch_size {experiment.batch_size} in {experiment.num_microbatches} microbatches does not divide "
-            f"over data x fsdp x expert = {shards} devices; make it a multiple of {shards * experiment.num_microbatches}"
+            f"over data x fsdp x expert = {shards} devices; "
+            f"make it a multiple of {shards * experiment.num_microbatches}"
         )
     rules = parallel.DEFAULT_RULES
     model = experiment.model.build()

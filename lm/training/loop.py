@@ -16,9 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 
-from lm.config import UserError
 from lm.data import fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
 from lm.parallel.hardware import peak_flops
