@@ -4,7 +4,8 @@ import pathlib
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "pyright>=1.1.400"]
+FORMATS = ["pyarrow>=18", "zstandard>=0.23", "array-record>=0.8", "tokenizers>=0.21"]
+TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "basedpyright>=1.30", *FORMATS]
 
 setup(
     name="lm",
@@ -31,7 +32,9 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "formats": ["pyarrow>=18", "zstandard>=0.23", "array-record>=0.8", "tokenizers>=0.21"],
-        "test": [*TEST, "pyarrow>=18", "zstandard>=0.23", "tokenizers>=0.21"],
+        "formats": FORMATS,
+        "test": TEST,
+        # Reference implementations to compare with, never imported by lm itself.
+        "oracle": ["torch==2.13.0", "transformers>=5"],
     },
 )
