@@ -5,6 +5,8 @@ mesh and no packing, and imports no jax. Law: the examples are a function of (do
 lengths, seed, epoch, index) only, never of worker, process or call order.
 """
 
+import itertools
+
 import numpy as np
 
 from lm.batch import SpecialTokens
@@ -43,4 +45,4 @@ def cut(tokens: np.ndarray, limit: int, minimum: int = 1) -> list[np.ndarray]:
     bounds = [*range(0, len(tokens), limit), len(tokens)]
     if len(bounds) > 2 and bounds[-1] - bounds[-2] < minimum:
         bounds[-2] = bounds[-1] - minimum
-    return [tokens[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [tokens[start:end] for start, end in itertools.pairwise(bounds)]
