@@ -89,7 +89,7 @@ class Decoder:
     """
 
     model: Any
-    sampling: Sampling = Sampling()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     max_tokens: int = 128
     stop_ids: tuple[int, ...] = ()
     bidirectional_prompt: bool = False
@@ -100,7 +100,7 @@ class Decoder:
         num_rows, length = prompts.tokens.shape
         segment_ids, positions = _padded(prompts.tokens, prompts.lengths)
         batch = _batch(prompts.tokens, segment_ids, positions, self.bidirectional_prompt)
-        if prompts.encoder_tokens is not None:
+        if prompts.encoder_tokens is not None and prompts.encoder_lengths is not None:
             encoder_segment_ids, encoder_positions = _padded(prompts.encoder_tokens, prompts.encoder_lengths)
             batch = batch._replace(
                 encoder_inputs=prompts.encoder_tokens,
