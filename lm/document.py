@@ -6,12 +6,15 @@ function of (document, settings, lengths, seed, epoch, index) only, never of wor
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
+
+Layout = Literal["decoder", "encoder", "encoder_decoder"]
 
 
 class Vocabulary(Protocol):
@@ -71,9 +74,51 @@ class Context:
         key = np.random.SeedSequence([self.seed, self.epoch, self.index, purpose])
         return np.random.Generator(np.random.Philox(key))
 
+    def static_rng(self, document: Document, num_duplicates: int, purpose: int) -> np.random.Generator:
+        """Returns a generator that repeats every `num_duplicates` epochs, wherever the shuffle puts the document.
+
+        It is keyed by the document's id instead of its index, so that a corpus has a fixed number of
+        corruptions of each document, as if they had been written to files once (BERT).
+        """
+        digest = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=16).digest(), "little")
+        key = np.random.SeedSequence([self.seed, self.epoch % num_duplicates, digest, purpose])
+        return np.random.Generator(np.random.Philox(key))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an objective's examples hold, as data, so that a model is checked against them without naming either.
+
+    Attributes:
+      layouts: the stacks that can read the examples. "decoder": one stack that obeys the causal order and the
+        `bidirectional` flags; "encoder": one stack that sees both ways everywhere; "encoder_decoder": two stacks,
+        in use when `Lengths.encoder` is set.
+      bidirectional: whether positions of the decoder layout may see ahead (a kernel that is causal only cannot).
+      autoregressive: whether each target follows its input, so that the trained model generates left to right;
+        false where a position predicts its own hidden token.
+      originals: whether `targets` holds the original token at every position, whatever the weights (a model that
+        judges replaced tokens reads them).
+      fields: optional fields of `Batch` that every example sets, the encoder's apart.
+      num_labels: classes in `label_targets`; 0 where no label is set.
+      component_names: what the ids in `components` stand for, for logs; empty where the field is not set.
+    """
+
+    layouts: frozenset[Layout]
+    bidirectional: bool = False
+    autoregressive: bool = True
+    originals: bool = False
+    fields: frozenset[str] = frozenset()
+    num_labels: int = 0
+    component_names: tuple[str, ...] = ()
+
 
 class Objective(Protocol):
     """Turns documents into examples. Implementations are frozen dataclasses, one a file."""
+
+    @property
+    def traits(self) -> Traits:
+        """What the examples hold, given these settings."""
+        ...
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns the document's examples, each no longer than `context.lengths`; may be empty."""
