@@ -73,7 +73,9 @@ def _batch(tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, bidi
 def _padded(tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns segment ids (1, and 0 for padding) and positions of prompts, both i32[B, T]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    return (positions < lengths[:, None]).astype(jnp.int32), positions
+    is_real = positions < lengths[:, None]
+    # Padding may be longer than a table of positions, and what lies beyond such a table is not a number.
+    return is_real.astype(jnp.int32), jnp.where(is_real, positions, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class Decoder:
                 encoder_segment_ids=encoder_segment_ids,
                 encoder_positions=encoder_positions,
             )
-        cache = self.model.init_cache(params, num_rows, length + self.max_tokens - 1)
+        cache = self.model.init_cache(params, num_rows, length + self.max_tokens - 1, batch)
         output = self.model.apply(params, batch, cache=cache, with_logits=False)
         last_B11 = (prompts.lengths - 1)[:, None, None]
         state = State(
@@ -195,5 +197,15 @@ class Decoder:
         problems = self.sampling.problems()
         if self.max_tokens < 1:
             problems.append(f"max_tokens is {self.max_tokens}; it is 1 or more")
+        longest, limit = int(np.max(prompts.lengths)), self.model.config.max_length
+        # The last token made is never read.
+        if longest + self.max_tokens - 1 > limit:
+            problems.append(
+                f"a prompt of {longest} tokens and max_tokens {self.max_tokens} exceed the model's max_length {limit}; "
+                "shorten the prompt or lower max_tokens"
+            )
+        if prompts.encoder_lengths is not None and int(np.max(prompts.encoder_lengths)) > limit:
+            longest = int(np.max(prompts.encoder_lengths))
+            problems.append(f"an encoder prompt of {longest} tokens exceeds the model's max_length {limit}; shorten it")
         if problems:
             raise ValueError("; ".join(problems))
