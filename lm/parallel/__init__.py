@@ -5,6 +5,7 @@ from lm.parallel.axes import LOGICAL_AXES as LOGICAL_AXES
 from lm.parallel.axes import Rules as Rules
 from lm.parallel.axes import constrain as constrain
 from lm.parallel.axes import current as current
+from lm.parallel.axes import shapes_only as shapes_only
 from lm.parallel.axes import spec as spec
 from lm.parallel.axes import use as use
 from lm.parallel.mesh import MESH_AXES as MESH_AXES

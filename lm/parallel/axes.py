@@ -93,7 +93,8 @@ class _Scope:
     rules: Rules
 
 
-_SCOPES: list[_Scope] = []
+# None where shapes alone are wanted and there may be no device yet.
+_SCOPES: list[_Scope | None] = []
 
 
 @contextlib.contextmanager
@@ -107,15 +108,26 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _SCOPES.pop()
 
 
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Lets `constrain` check names and place nothing, for code that is traced for its shapes and never run."""
+    _SCOPES.append(None)
+    try:
+        yield
+    finally:
+        _SCOPES.pop()
+
+
 def current() -> tuple[Mesh, Rules]:
     """Returns the mesh and rules in force.
 
     Raises:
       RuntimeError: outside `use(...)`.
     """
-    if not _SCOPES:
+    scope = _SCOPES[-1] if _SCOPES else None
+    if scope is None:
         raise RuntimeError("no mesh in force: call the model inside `with lm.parallel.use(mesh, rules):`")
-    return _SCOPES[-1].mesh, _SCOPES[-1].rules
+    return scope.mesh, scope.rules
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -130,6 +142,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names {axes} for an array of shape {x.shape}")
+    if _SCOPES and _SCOPES[-1] is None:
+        spec(axes, {})
+        return x
     mesh, rules = current()
     resolved = spec(axes, rules.activations)
     if mesh.size == 1:

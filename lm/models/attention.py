@@ -1,0 +1,204 @@
+"""Attention: from a layout (data) to a mask, and the kernels that compute it.
+
+`Layout.allowed` is the only place in the house that turns segment ids, positions, bidirectional flags
+and a window into a mask; kernels are interchangeable and take the same arguments. Knows no
+parameters. Laws: a query of segment 0 reads nothing and gives zeros, never NaN; equal layouts give
+equal results in every kernel.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.models.layers import contract, dropout, soft_cap
+
+# Finite, so that a row without any allowed key stays finite.
+MASKED = -1e30
+
+
+class Side(NamedTuple):
+    """The queries' or the keys' side of a layout.
+
+    Attributes:
+      segment_ids: i32[B, T], 0 where there is nothing.
+      positions: i32[B, T].
+      bidirectional: bool[B, T].
+      slots: i32[T], order in time: the index into the row, or into the cache.
+    """
+
+    segment_ids: jax.Array
+    positions: jax.Array
+    bidirectional: jax.Array
+    slots: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Who may read whom.
+
+    Attributes:
+      queries: the side that reads.
+      keys: the side that is read.
+      causal: whether keys later in time are hidden, unless both are bidirectional. Encoders and cross
+        attention are not causal.
+      window: causal: keys at a distance of `window` or more are hidden (Mistral); otherwise at a distance of more than
+        window // 2 to either side (ModernBERT). None hides nothing.
+    """
+
+    queries: Side
+    keys: Side
+    causal: bool
+    window: int | None = None
+
+    def allowed(self) -> jax.Array:
+        """Returns bool[B, T, S]: equal non-zero segments, and not later in time unless both bidirectional."""
+        queries, keys = self.queries, self.keys
+        queries_BT1, keys_B1S = queries.segment_ids[:, :, None], keys.segment_ids[:, None, :]
+        same_BTS = (queries_BT1 == keys_B1S) & (queries_BT1 != 0)
+        distance_BTS = queries.positions[:, :, None] - keys.positions[:, None, :]
+        if not self.causal:
+            return same_BTS if self.window is None else same_BTS & (jnp.abs(distance_BTS) <= self.window // 2)
+        past_BTS = (keys.slots[None, :] <= queries.slots[:, None])[None]
+        if self.window is not None:
+            past_BTS = past_BTS & (distance_BTS < self.window)
+        return same_BTS & (past_BTS | (queries.bidirectional[:, :, None] & keys.bidirectional[:, None, :]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How scores are made from products of queries and keys.
+
+    Attributes:
+      scale: factor on the products.
+      soft_cap: bound on the scaled products (Gemma 2), or None.
+      bias: maps the keys' side to f32[B, N, T, S] that is added afterwards, or None.
+      sinks_N: f32[N], a score that takes part in each softmax and reads nothing (gpt-oss), or None.
+      dropout_rate: probability that a weight is dropped.
+      key: PRNG key of that dropout, or None.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    bias: Callable[[Side], jax.Array | None] | None = None
+    sinks_N: jax.Array | None = None
+    dropout_rate: float = 0.0
+    key: jax.Array | None = None
+
+    def scores(self, q_BTKGH: jax.Array, k_BSKH: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+        """Returns f32[B, K, G, T, S] scores with MASKED where hidden, and bool[B, 1, 1, T, S] where allowed."""
+        scores_BKGTS = contract("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, q_BTKGH.dtype)
+        scores_BKGTS = soft_cap(scores_BKGTS * self.scale, self.soft_cap)
+        bias_BNTS = self.bias(layout.keys) if self.bias is not None else None
+        if bias_BNTS is not None:
+            heads = q_BTKGH.shape[2:4]
+            scores_BKGTS = scores_BKGTS + bias_BNTS.reshape(bias_BNTS.shape[0], *heads, *bias_BNTS.shape[2:])
+        allowed = layout.allowed()[:, None, None, :, :]
+        return jnp.where(allowed, scores_BKGTS, MASKED), allowed
+
+    def sinks_as(self, q_BTKGH: jax.Array) -> jax.Array:
+        """Returns the sinks as f32[1, K, G, 1], or MASKED where there are none."""
+        shape = (1, *q_BTKGH.shape[2:4], 1)
+        return jnp.full(shape, MASKED) if self.sinks_N is None else self.sinks_N.astype(jnp.float32).reshape(shape)
+
+
+def _group(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
+    batch, length, heads, width = q_BTNH.shape
+    return q_BTNH.reshape(batch, length, num_kv_heads, heads // num_kv_heads, width)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plain:
+    """All scores at once; memory grows with T times S."""
+
+    def attend(
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
+    ) -> jax.Array:
+        """Returns [B, T, N, H of values] in the dtype of the queries; softmax in float32, keys are not repeated."""
+        q_BTKGH = _group(q_BTNH, k_BSKH.shape[2])
+        scores_BKGTS, allowed = scoring.scores(q_BTKGH, k_BSKH, layout)
+        if scoring.sinks_N is not None:
+            sinks = jnp.broadcast_to(scoring.sinks_as(q_BTKGH)[..., None], (*scores_BKGTS.shape[:-1], 1))
+            weights_BKGTS = jax.nn.softmax(jnp.concatenate([scores_BKGTS, sinks], axis=-1), axis=-1)[..., :-1]
+        else:
+            weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+        weights_BKGTS = jnp.where(allowed, weights_BKGTS, 0.0)
+        weights_BKGTS = dropout(weights_BKGTS, scoring.dropout_rate, scoring.key)
+        out_BTKGH = contract("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, q_BTNH.dtype)
+        return out_BTKGH.reshape(*q_BTNH.shape[:3], v_BSKH.shape[-1]).astype(q_BTNH.dtype)
+
+    def problems(self, dropout_rate: float) -> list[str]:
+        """Returns no problem: this kernel computes everything."""
+        del dropout_rate
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunked:
+    """Online softmax over chunks of keys (Milakov and Gimelshein 2018; Rabe and Staats 2021), in plain XLA.
+
+    Memory grows with T times the chunk, in the backward pass too, where each chunk is computed again.
+
+    Attributes:
+      chunk: number of keys at a time.
+    """
+
+    chunk: int = 512
+
+    def attend(
+        self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
+    ) -> jax.Array:
+        """Returns [B, T, N, H of values] in the dtype of the queries, equal to `Plain` but for rounding."""
+        q_BTKGH = _group(q_BTNH, k_BSKH.shape[2])
+        dtype = q_BTNH.dtype
+
+        @jax.checkpoint
+        def step(carry: tuple[jax.Array, ...], chunk: tuple[jax.Array, jax.Array, Side]) -> tuple:
+            best_BKGT, total_BKGT, out_BKGTH = carry
+            k_BSKH, v_BSKH, keys = chunk
+            scores_BKGTS, allowed = scoring.scores(q_BTKGH, k_BSKH, dataclasses.replace(layout, keys=keys))
+            new_BKGT = jnp.maximum(best_BKGT, scores_BKGTS.max(axis=-1))
+            shrink_BKGT = jnp.exp(best_BKGT - new_BKGT)
+            weights_BKGTS = jnp.where(allowed, jnp.exp(scores_BKGTS - new_BKGT[..., None]), 0.0)
+            total_BKGT = total_BKGT * shrink_BKGT + weights_BKGTS.sum(axis=-1)
+            out_BKGTH = out_BKGTH * shrink_BKGT[..., None] + contract("BKGTS,BSKH->BKGTH", weights_BKGTS, v_BSKH, dtype)
+            return (new_BKGT, total_BKGT, out_BKGTH), None
+
+        batch, length, kv_heads, groups, _ = q_BTKGH.shape
+        best_BKGT = jnp.broadcast_to(scoring.sinks_as(q_BTKGH), (batch, kv_heads, groups, length))
+        total_BKGT = jnp.where(best_BKGT > MASKED, 1.0, 0.0)
+        out_BKGTH = jnp.zeros((batch, kv_heads, groups, length, v_BSKH.shape[-1]), jnp.float32)
+        chunks = self._split(k_BSKH, v_BSKH, layout.keys)
+        (_, total_BKGT, out_BKGTH), _ = jax.lax.scan(step, (best_BKGT, total_BKGT, out_BKGTH), chunks)
+        # A row that read nothing divides zero by one, so that its gradient is zero and not NaN.
+        out_BKGTH = out_BKGTH / jnp.where(total_BKGT > 0, total_BKGT, 1.0)[..., None]
+        out_BTKGH = jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))
+        return out_BTKGH.reshape(*q_BTNH.shape[:3], v_BSKH.shape[-1]).astype(dtype)
+
+    def _split(self, k_BSKH: jax.Array, v_BSKH: jax.Array, keys: Side) -> tuple[jax.Array, jax.Array, Side]:
+        """Cuts the key axis into chunks, which become the leading axis; what fills the last has segment 0."""
+
+        def cut(x: jax.Array, axis: int) -> jax.Array:
+            size = min(self.chunk, x.shape[axis])
+            widths = [(0, 0)] * x.ndim
+            widths[axis] = (0, -x.shape[axis] % size)
+            x = jnp.pad(x, widths)
+            x = x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x, axis, 0)
+
+        side = Side(*(cut(x, x.ndim - 1) for x in keys))
+        return cut(k_BSKH, 1), cut(v_BSKH, 1), side
+
+    def problems(self, dropout_rate: float) -> list[str]:
+        """Says so if weights would have to be dropped, which this kernel does not do."""
+        problems = []
+        if self.chunk < 1:
+            problems.append(f"config.model.attention.kernel.chunk: {self.chunk} is not a positive number of keys")
+        if dropout_rate:
+            problems.append(
+                "config.model.attention.dropout_rate: the chunked kernel drops no attention weights; set it to 0 or use"
+                " the plain kernel"
+            )
+        return problems

@@ -1,0 +1,141 @@
+"""One transformer block, written once: every architecture is a choice of its fields.
+
+Owns the residual stream, the placement of norms and dropout of branches. Knows neither how many
+blocks there are nor what attention or the feed-forward layer do inside. Law: what is random depends
+on (key, layer, purpose) only.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+from flax import linen as nn
+
+from lm.models.layers import Norm, dropout, fold
+from lm.models.mlp import MlpResult
+from lm.models.multihead import Cache, Context
+from lm.parallel import constrain
+
+if TYPE_CHECKING:
+    from lm.models.transformer import Layer, Transformer
+
+# What randomness is for; folded into the layer's key.
+ATTENTION, CROSS, MLP = 1, 2, 3
+BRANCH_DROPOUT = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where norms stand around a branch f.
+
+    Attributes:
+      before: f(norm(x)).
+      after_branch: x + norm(f(x)).
+      after_sum: norm(x + f(x)).
+    """
+
+    before: bool = False
+    after_branch: bool = False
+    after_sum: bool = False
+
+
+PLACEMENTS = {
+    "pre": Placement(before=True),
+    "post": Placement(after_sum=True),
+    "sandwich": Placement(before=True, after_branch=True),
+    "branch": Placement(after_branch=True),
+    "deep": Placement(after_sum=True),
+}
+
+
+class Block(nn.Module):
+    """Self-attention, cross attention where there is an encoder, and a feed-forward layer, around a residual stream.
+
+    Attributes:
+      config: the model's settings.
+      layer: what this layer has of its own.
+      causal: whether later positions are hidden.
+      cross: whether the block reads an encoder's result.
+    """
+
+    config: "Transformer"
+    layer: "Layer"
+    causal: bool
+    cross: bool = False
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, index: jax.Array, context: Context, cache: Cache) -> tuple[Any, Any]:
+        """Applies the block.
+
+        Args:
+          x_BTD: the residual stream.
+          index: i32[], number of this layer in its stack, for its randomness.
+          context: what all layers are told.
+          cache: this layer's keys and values, or None.
+
+        Returns:
+          [B, T, D], and (cache, losses, metrics).
+        """
+        config = self.config
+        gain = config.deep_norm(self.causal)[1]
+        context = context._replace(key=fold(context.key, index))
+
+        def attend(x_BTD: jax.Array, name: str, purpose: int, cache: Cache) -> tuple[jax.Array, Cache]:
+            cross = purpose == CROSS
+            module = config.attention.build(config, self.layer, causal=self.causal, cross=cross, gain=gain, name=name)
+            return module(x_BTD, context._replace(key=fold(context.key, purpose)), cache)
+
+        def feed_forward(x_BTD: jax.Array) -> MlpResult:
+            module = (self.layer.mlp or config.mlp).build(config, gain=gain, name="mlp")
+            return module(x_BTD, context._replace(key=fold(context.key, MLP)))
+
+        if config.parallel_block:
+            return self._parallel(x_BTD, context, cache, attend, feed_forward)
+        x_BTD, cache = self._branch(
+            x_BTD, "attention", ATTENTION, context, lambda x: attend(x, "attention", ATTENTION, cache)
+        )
+        if self.cross:
+            x_BTD, cache = self._branch(x_BTD, "cross", CROSS, context, lambda x: attend(x, "cross", CROSS, cache))
+
+        def tail(x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+            y_BTD, losses, metrics = feed_forward(x_BTD)
+            return y_BTD, (losses, metrics)
+
+        x_BTD, (losses, metrics) = self._branch(x_BTD, "mlp", MLP, context, tail)
+        return x_BTD, (cache, losses, metrics)
+
+    def _branch(
+        self, x_BTD: jax.Array, name: str, purpose: int, context: Context, branch: Callable[..., tuple[jax.Array, Any]]
+    ) -> tuple[jax.Array, Any]:
+        """Adds a branch to the residual stream, with norms where the placement says; passes the rest through."""
+        config, placement = self.config, PLACEMENTS[self.config.norm_placement]
+        y_BTD = self._norm(f"{name}_norm", x_BTD) if placement.before else x_BTD
+        y_BTD, rest = branch(y_BTD)
+        if placement.after_branch:
+            y_BTD = self._norm(f"{name}_output_norm", y_BTD)
+        y_BTD = dropout(y_BTD, config.dropout_rate, fold(context.key, BRANCH_DROPOUT + purpose))
+        x_BTD = x_BTD * config.deep_norm(self.causal)[0] + y_BTD
+        if placement.after_sum:
+            x_BTD = self._norm(f"{name}_norm", x_BTD)
+        return constrain(x_BTD, "batch", "length", "activation_embed"), rest
+
+    def _parallel(
+        self,
+        x_BTD: jax.Array,
+        context: Context,
+        cache: Cache,
+        attend: Callable[..., tuple[jax.Array, Cache]],
+        feed_forward: Callable[..., MlpResult],
+    ) -> tuple[jax.Array, Any]:
+        """Adds attention and feed-forward of the same normalised input (PaLM, section 2)."""
+
+        def both(x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+            attended_BTD, new_cache = attend(x_BTD, "attention", ATTENTION, cache)
+            y_BTD, losses, metrics = feed_forward(x_BTD)
+            return attended_BTD + y_BTD, (new_cache, losses, metrics)
+
+        return self._branch(x_BTD, "attention", ATTENTION, context, both)
+
+    def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        return Norm(self.config.norm, self.config.compute_dtype, name=name)(x_BTD)

@@ -1,0 +1,408 @@
+"""Leaf layers: the only places where a parameter is declared, each exactly once.
+
+A weight is named by its equation: `Einsum("BTD,DNH->BTNH", config)` reads shape, logical axes, fan-in
+and initial scale off the string and the sizes of the configuration. Knows nothing of attention,
+stacks, objectives or meshes. Law: a layer is a pure function of its parameters and its arguments, and
+products accumulate in float32 whatever the compute dtype.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+if TYPE_CHECKING:
+    from lm.models.transformer import Transformer
+
+# The letters that may stand in the equation of a weight, with the logical axis that each one means.
+WEIGHT_AXES: Mapping[str, str] = {
+    "D": "embed",
+    "Z": "embed",  # the model dimension once more, where a weight maps it to itself
+    "N": "heads",
+    "K": "kv_heads",
+    "H": "head_dim",
+    "F": "mlp",
+    "V": "vocab",
+    "E": "experts",
+    "R": "latent",
+    "P": "positions",
+    "U": "buckets",
+    "X": "classes",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Draws from a normal distribution of mean zero.
+
+    Attributes:
+      stddev: standard deviation of what is drawn.
+      truncated: whether draws beyond two (untruncated) standard deviations are redrawn.
+    """
+
+    stddev: float
+    truncated: bool = False
+
+    def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Draws f32[shape]."""
+        if self.truncated:
+            # The standard deviation of a standard normal cut at +-2.
+            return jax.random.truncated_normal(key, -2.0, 2.0, shape) * (self.stddev / 0.87962566103423978)
+        return jax.random.normal(key, shape) * self.stddev
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Fills with one value.
+
+    Attributes:
+      value: the value.
+    """
+
+    value: float
+
+    def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """Returns f32[shape]; the key is not used."""
+        del key
+        return jnp.full(shape, self.value, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalInitializer:
+    """One standard deviation for every matrix and table (GPT-2, BERT, Llama).
+
+    Attributes:
+      stddev: standard deviation.
+      residual_scaling: divide by sqrt(2 num_layers) where a branch is written to the residual stream
+        (GPT-2, section 2.3).
+    """
+
+    stddev: float = 0.02
+    residual_scaling: bool = True
+
+    def matrix(self, fan_in: int, residual_layers: int) -> Gaussian:
+        """Returns the distribution of a matrix; `residual_layers` is 0 unless it writes to the residual stream."""
+        del fan_in
+        scaled = self.residual_scaling and residual_layers
+        return Gaussian(self.stddev / math.sqrt(2 * residual_layers) if scaled else self.stddev)
+
+    def table(self) -> Gaussian:
+        """Returns the distribution of an embedding table."""
+        return Gaussian(self.stddev)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FanInInitializer:
+    """Truncated normal of variance `scale / fan_in` for matrices, a constant deviation for tables (T5, PaLM).
+
+    Attributes:
+      scale: variance times fan-in.
+      table_stddev: standard deviation of embedding tables.
+      residual_scaling: divide by sqrt(2 num_layers) where a branch is written to the residual stream.
+    """
+
+    scale: float = 1.0
+    table_stddev: float = 1.0
+    residual_scaling: bool = False
+
+    def matrix(self, fan_in: int, residual_layers: int) -> Gaussian:
+        """Returns the distribution of a matrix; `residual_layers` is 0 unless it writes to the residual stream."""
+        depth = 2 * residual_layers if self.residual_scaling and residual_layers else 1
+        return Gaussian(math.sqrt(self.scale / fan_in / depth), truncated=True)
+
+    def table(self) -> Gaussian:
+        """Returns the distribution of an embedding table."""
+        return Gaussian(self.table_stddev)
+
+
+Role = Literal["matrix", "table", "scale", "bias"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("value",),
+    meta_fields=("axes", "role", "fan_in", "distribution", "input_axes", "active_share"),
+)
+@dataclasses.dataclass(frozen=True)
+class Parameter(nn.meta.AxisMetadata):
+    """Describes one leaf of the parameter tree.
+
+    Attributes:
+      value: its shape and dtype (a `jax.ShapeDtypeStruct`).
+      axes: logical name of each axis, of `lm.parallel.LOGICAL_AXES`.
+      role: "matrix" is a product's operand and "table" is looked up; both may be decayed. "scale" and "bias" are not.
+      fan_in: number of inputs that are summed into one output; 1 for tables, scales and biases.
+      distribution: how its initial value is drawn.
+      input_axes: logical names of the axes that are summed over; empty for tables, scales and biases.
+      active_share: share of its elements that one token meets; below 1 for the experts of a mixture.
+    """
+
+    value: Any
+    axes: tuple[str, ...]
+    role: Role
+    fan_in: int
+    distribution: Gaussian | Constant
+    input_axes: tuple[str, ...] = ()
+    active_share: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's shape, the axis of stacked layers included."""
+        return self.value.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.value.shape)
+
+    def unbox(self) -> Any:
+        """Returns the value alone."""
+        return self.value
+
+    def replace_boxed(self, val: Any) -> "Parameter":
+        """Returns the same description of another value."""
+        return dataclasses.replace(self, value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "Parameter":
+        """Returns the description with the axis of stacked layers added."""
+        del params
+        return dataclasses.replace(self, axes=(*self.axes[:index], "layers", *self.axes[index:]))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "Parameter":
+        """Returns the description with the axis of stacked layers removed."""
+        del params
+        return dataclasses.replace(self, axes=self.axes[:index] + self.axes[index + 1 :])
+
+
+def declare(shape: tuple[int, ...], axes: tuple[str, ...], role: Role, **description: Any) -> Callable[..., Parameter]:
+    """Makes the function that Linen calls to describe a new parameter (traced for shapes, never run)."""
+    return lambda key: Parameter(jnp.zeros(shape, jnp.float32), axes, role, **({"fan_in": 1} | description))
+
+
+def match_rank(x: jax.Array, ndim: int) -> jax.Array:
+    """Prepends axes of size one until `x` has rank `ndim`, since ranks are never promoted silently."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Computes the two-operand einsum with operands in `dtype`, accumulated in and returned as float32.
+
+    In bfloat16 the products of the backward pass have the same form: bfloat16 operands, float32 sums.
+    The gradient of a float32 operand (a parameter) therefore leaves its sum without another rounding.
+    """
+    if dtype == jnp.float32:
+        return jnp.einsum(equation, x.astype(dtype), y.astype(dtype))
+    return _contract_low(equation, jnp.dtype(dtype), x, y)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract_low(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _contract_forward(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+    return _contract_low(equation, dtype, x, y), (x, y)
+
+
+def _contract_backward(equation: str, dtype: jnp.dtype, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, y = saved
+    operands, result = equation.split("->")
+    x_axes, y_axes = operands.split(",")
+    dx = _contract_low(f"{result},{y_axes}->{x_axes}", dtype, gradient, y)
+    dy = _contract_low(f"{x_axes},{result}->{y_axes}", dtype, x, gradient)
+    return dx.astype(x.dtype), dy.astype(y.dtype)
+
+
+_contract_low.defvjp(_contract_forward, _contract_backward)
+
+
+class Einsum(nn.Module):
+    """A learned linear map named by its equation.
+
+    The second operand is the parameter `kernel`; its letters stand for `config.sizes` (or `sizes` here).
+    Letters of the kernel that the result lacks are summed over: their sizes multiply to the fan-in.
+
+    Attributes:
+      equation: such as "BTD,DNH->BTNH".
+      config: sizes, initialiser and compute dtype.
+      use_bias: whether a bias over the kernel's output letters is added.
+      residual: whether the result is written to the residual stream.
+      sizes: (letter, size) pairs that differ from `config.sizes`.
+      scale: multiplies the initial standard deviation.
+      active_share: share of the kernel that one token meets (experts).
+      float32_result: whether the result stays in float32 (logits).
+    """
+
+    equation: str
+    config: "Transformer"
+    use_bias: bool = False
+    residual: bool = False
+    sizes: tuple[tuple[str, int], ...] = ()
+    scale: float = 1.0
+    active_share: float = 1.0
+    float32_result: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the product, in the compute dtype unless float32_result."""
+        operands, result = self.equation.split("->")
+        letters = operands.split(",")[1]
+        sizes = {**self.config.sizes, **dict(self.sizes)}
+        inputs = [letter for letter in letters if letter not in result]
+        fan_in = math.prod(sizes[letter] for letter in inputs)
+        gaussian = self.config.initializer.matrix(fan_in, self.config.residual_layers if self.residual else 0)
+        gaussian = dataclasses.replace(gaussian, stddev=gaussian.stddev * self.scale)
+        kernel = self.param(
+            "kernel",
+            declare(
+                tuple(sizes[letter] for letter in letters),
+                tuple(WEIGHT_AXES[letter] for letter in letters),
+                "matrix",
+                fan_in=fan_in,
+                distribution=gaussian,
+                input_axes=tuple(WEIGHT_AXES[letter] for letter in inputs),
+                active_share=self.active_share,
+            ),
+        )
+        y = contract(self.equation, x, kernel, self.config.compute_dtype)
+        if self.use_bias:
+            outputs = [letter for letter in letters if letter in result]
+            shape = tuple(sizes[letter] for letter in outputs)
+            # A bias as wide as the model is kept whole, as norms are.
+            axes = tuple("norm" if letter in "DZ" else WEIGHT_AXES[letter] for letter in outputs)
+            bias = self.param("bias", declare(shape, axes, "bias", distribution=Constant(0.0)))
+            y = y + match_rank(bias.astype(jnp.float32), y.ndim)
+        return y if self.float32_result else y.astype(self.config.compute_dtype)
+
+
+class Table(nn.Module):
+    """A learned table whose rows are looked up; also read backwards, as the output projection of tied embeddings.
+
+    Attributes:
+      letters: the table's axes, rows first, such as "VD".
+      config: sizes, initialiser and compute dtype.
+      sizes: (letter, size) pairs that differ from `config.sizes`.
+    """
+
+    letters: str
+    config: "Transformer"
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def setup(self) -> None:
+        """Declares the table."""
+        sizes = {**self.config.sizes, **dict(self.sizes)}
+        shape = tuple(sizes[letter] for letter in self.letters)
+        axes = tuple(WEIGHT_AXES[letter] for letter in self.letters)
+        self.embedding = self.param(
+            "embedding", declare(shape, axes, "table", distribution=self.config.initializer.table())
+        )
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Looks rows up: ids i32[...] give [..., *row] in the compute dtype."""
+        return jnp.take(self.embedding, ids, axis=0).astype(self.config.compute_dtype)
+
+    def attend(self, equation: str, x: jax.Array) -> jax.Array:
+        """Returns the float32 product of `x` with the whole table, such as "BTD,VD->BTV"."""
+        return contract(equation, x, self.embedding, self.config.compute_dtype)
+
+    def whole(self) -> jax.Array:
+        """Returns the table, f32."""
+        return self.embedding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerNorm:
+    """Normalisation to mean zero and variance one (Ba et al. 2016).
+
+    Attributes:
+      epsilon: added to the variance.
+      use_bias: whether a learned bias is added.
+      use_scale: whether a learned scale multiplies.
+    """
+
+    epsilon: float = 1e-5
+    use_bias: bool = True
+    use_scale: bool = True
+
+    zero_centered = False
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """Normalises f32[..., D] over its last axis."""
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSNorm:
+    """Division by the root mean square (Zhang and Sennrich 2019).
+
+    Attributes:
+      epsilon: added to the mean square.
+      use_scale: whether a learned scale multiplies.
+      zero_centered: whether the parameter is the scale minus one (Gemma).
+    """
+
+    epsilon: float = 1e-6
+    use_scale: bool = True
+    zero_centered: bool = False
+
+    use_bias = False
+
+    def normalize(self, x: jax.Array) -> jax.Array:
+        """Normalises f32[..., D] over its last axis."""
+        return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+
+
+class Norm(nn.Module):
+    """Applies a norm with its learned scale and bias, in float32.
+
+    Attributes:
+      norm: which one.
+      dtype: dtype of the result.
+      num_axes: how many trailing axes are normalised together (2 for all heads at once).
+      axes: logical names of the parameter's axes.
+    """
+
+    norm: LayerNorm | RMSNorm
+    dtype: Any
+    axes: tuple[str, ...] = ("norm",)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises x[..., D] over its last len(axes) axes."""
+        count = len(self.axes)
+        features = x.shape[x.ndim - count :]
+        wide = x.astype(jnp.float32).reshape(*x.shape[: x.ndim - count], math.prod(features))
+        y = self.norm.normalize(wide).reshape(x.shape)
+        if self.norm.use_scale:
+            initial = Constant(0.0 if self.norm.zero_centered else 1.0)
+            scale = self.param("scale", declare(features, self.axes, "scale", distribution=initial))
+            scale = scale.astype(jnp.float32) + (1.0 if self.norm.zero_centered else 0.0)
+            y = y * match_rank(scale, y.ndim)
+        if self.norm.use_bias:
+            bias = self.param("bias", declare(features, self.axes, "bias", distribution=Constant(0.0)))
+            y = y + match_rank(bias.astype(jnp.float32), y.ndim)
+        return y.astype(self.dtype)
+
+
+def fold(key: jax.Array | None, purpose: int | jax.Array) -> jax.Array | None:
+    """Derives the key for a purpose; None (no randomness) stays None."""
+    return None if key is None else jax.random.fold_in(key, purpose)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes each element with probability `rate` and scales the rest by 1/(1-rate); the identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Bounds values smoothly to (-cap, cap) by cap * tanh(x / cap) (Gemma 2); None leaves them."""
+    return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,0 +1,232 @@
+"""The waist: a model as pure functions of plain pytrees. Nothing above this file knows Linen.
+
+Owns `Model`, its `Output` and its cache. Knows no objective and no mesh. Laws: nothing is mutated;
+`init` depends on the key and each parameter's path only; the cached and the uncached logits agree.
+"""
+
+import dataclasses
+import functools
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.batch import Batch, WeightedSum
+from lm.models.attention import Side
+from lm.models.layers import Parameter
+from lm.models.multihead import Context
+from lm.models.network import Inputs, Network, encoder_side, main_side
+from lm.models.stack import add_sums
+from lm.models.transformer import Transformer
+from lm.parallel import shapes_only
+
+Parameters = dict[str, Any]
+Cache = dict[str, Any]
+
+
+class Output(NamedTuple):
+    """What a model says of a batch.
+
+    Attributes:
+      hidden: [B, T, D] in the compute dtype, what `Model.logits` turns into logits.
+      logits: f32[B, T, V], or None if they were not wanted.
+      losses: the model's own losses (of routers), times their coefficients; each is to be divided by its weight
+        and added to the objective's.
+      metrics: what is worth logging.
+      cache: the cache with this batch appended, or None.
+    """
+
+    hidden: jax.Array
+    logits: jax.Array | None
+    losses: dict[str, WeightedSum]
+    metrics: dict[str, WeightedSum]
+    cache: Cache | None
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns a key path of the parameter tree as "decoder/stack/layers/...": the name of a parameter."""
+    return "/".join(str(entry.key) for entry in path)
+
+
+@functools.lru_cache(maxsize=64)
+def _describe(config: Transformer) -> Any:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    flags = jax.ShapeDtypeStruct((1, 1), jnp.bool_)
+    batch = Batch(tokens, tokens, tokens, tokens, tokens, flags, token_types=tokens, block_positions=tokens)
+    with shapes_only():
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        initialize = functools.partial(Network(config).init, method=Network.declare_all)
+        return jax.eval_shape(initialize, key, batch)["params"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model: pure functions, given by its settings.
+
+    Attributes:
+      config: the settings.
+    """
+
+    config: Transformer
+
+    def parameters(self) -> Any:
+        """Returns the parameter tree with a `Parameter` (shape, axes, role, fan-in, ...) at each leaf."""
+        return _describe(self.config)
+
+    def axes(self) -> Any:
+        """Returns the parameter tree with a tuple of logical axis names at each leaf."""
+        return self._map(lambda path, parameter: parameter.axes)
+
+    def init(self, key: jax.Array) -> Parameters:
+        """Draws the parameters, a nested dict of float32 arrays; each depends on the key and its path only."""
+
+        def sample(path: tuple[Any, ...], parameter: Parameter) -> jax.Array:
+            leaf_key = jax.random.fold_in(key, zlib.crc32(path_name(path).encode()))
+            return parameter.distribution.sample(leaf_key, parameter.shape)
+
+        return self._map(sample)
+
+    def _map(self, function: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            function, self.parameters(), is_leaf=lambda leaf: isinstance(leaf, Parameter)
+        )
+
+    def apply(
+        self,
+        params: Parameters,
+        batch: Batch,
+        *,
+        key: jax.Array | None = None,
+        cache: Cache | None = None,
+        with_logits: bool = True,
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+          params: as from `init`.
+          batch: what to read. With a cache, its T positions are appended to those that the cache holds; padding may
+            stand anywhere and is told by segment id 0, while `positions` go on within each row.
+          key: PRNG key for dropout; None is deterministic.
+          cache: as from `init_cache`. More positions than it has room for must not be appended.
+          with_logits: whether logits are wanted; `logits` computes them from `hidden` in chunks otherwise.
+
+        Raises:
+          RuntimeError: outside `lm.parallel.use(mesh, rules)`.
+        """
+        side = main_side(batch)
+        context = Context(side, side, key=key)
+        losses: dict[str, WeightedSum] = {}
+        metrics: dict[str, WeightedSum] = {}
+        if cache is not None:
+            cache = _append(cache, side)
+            context = _cached_context(cache, side, key)
+        elif self._reads_encoder:
+            memory = encoder_side(batch)
+            inputs = Inputs(batch.encoder_inputs, memory)
+            memory_BSD, losses, metrics = self._call(params, inputs, key, method=Network.encode)
+            context = context._replace(memory_BSD=memory_BSD, memory=memory)
+        layers = None if cache is None else cache["layers"]
+        hidden_BTD, layers, more_losses, more_metrics = self._call(params, Inputs(batch.inputs, side), context, layers)
+        if cache is not None:
+            cache = {**cache, "layers": layers, "index": cache["index"] + batch.inputs.shape[1]}
+        logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
+        return Output(hidden_BTD, logits_BTV, add_sums(losses, more_losses), add_sums(metrics, more_metrics), cache)
+
+    def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
+        """Returns f32[B, T, V] for hidden states [B, T, D], soft-cap included; any chunk of positions will do."""
+        return self._call(params, hidden, method=Network.logits)
+
+    def init_cache(self, params: Parameters, batch_size: int, length: int, batch: Batch | None = None) -> Cache:
+        """Makes an empty cache, a plain pytree.
+
+        Args:
+          params: as from `init`.
+          batch_size: number of rows.
+          length: number of slots S; all positions that will ever be appended, padding included.
+          batch: the encoder's fields of it are read, once, if the model has an encoder; else it may be None.
+
+        Returns:
+          `index` i32[], `segment_ids`, `positions` and `bidirectional` [B, S]; and `layers`, with leaves
+          [repeats, B, S, ...]. `select_rows` picks rows of it.
+        """
+        config = self.config
+        layers = {
+            name: {
+                f"block_{i}": jax.tree.map(
+                    lambda x, repeats=repeats: jnp.broadcast_to(x[None], (repeats, *x.shape)),
+                    config.attention.init_cache(config, batch_size, length),
+                )
+                for i in range(len(group))
+            }
+            for name, group, repeats in config.runs(config.decoder_depth)
+        }
+        empty = jnp.zeros((batch_size, length), jnp.int32)
+        cache = {
+            "index": jnp.zeros((), jnp.int32),
+            "segment_ids": empty,
+            "positions": empty,
+            "bidirectional": jnp.zeros((batch_size, length), jnp.bool_),
+            "layers": layers,
+        }
+        if not self._reads_encoder:
+            return cache
+        if batch is None:
+            raise ValueError("init_cache of an encoder-decoder needs a batch with encoder_inputs")
+        return self._read_encoder(params, cache, batch)
+
+    def _read_encoder(self, params: Parameters, cache: Cache, batch: Batch) -> Cache:
+        """Runs the encoder and keeps each layer's keys and values of its result.
+
+        The decoder is run once on a padding token, which nothing will read and the first token will overwrite.
+        """
+        memory = encoder_side(batch)
+        memory_BSD, _, _ = self._call(params, Inputs(batch.encoder_inputs, memory), None, method=Network.encode)
+        nothing = jnp.zeros((batch.encoder_inputs.shape[0], 1), jnp.int32)
+        side = Side(nothing, nothing, nothing.astype(jnp.bool_), jnp.zeros((1,), jnp.int32))
+        cache = {**cache, "memory_segment_ids": memory.segment_ids, "memory_positions": memory.positions}
+        context = _cached_context(cache, side, None)._replace(memory_BSD=memory_BSD)
+        _, layers, _, _ = self._call(params, Inputs(nothing, side), context, cache["layers"])
+        return {**cache, "layers": layers}
+
+    @property
+    def _reads_encoder(self) -> bool:
+        return self.config.encoder_depth > 0 and self.config.decoder_depth > 0
+
+    def _call(self, params: Parameters, *arguments: Any, method: Any = None) -> Any:
+        return Network(self.config).apply({"params": params}, *arguments, method=method)
+
+
+def _append(cache: Cache, side: Side) -> Cache:
+    """Writes where the new positions stand at the cache's index."""
+    start = (0, cache["index"])
+
+    def write(name: str, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(cache[name], new.astype(cache[name].dtype), start)
+
+    return {
+        **cache,
+        "segment_ids": write("segment_ids", side.segment_ids),
+        "positions": write("positions", side.positions),
+        "bidirectional": write("bidirectional", side.bidirectional),
+    }
+
+
+def _cached_context(cache: Cache, side: Side, key: jax.Array | None) -> Context:
+    """Returns the context in which queries at `side` read everything in the cache."""
+    index = cache["index"]
+    slots = jnp.arange(cache["segment_ids"].shape[1], dtype=jnp.int32)
+    keys = Side(cache["segment_ids"], cache["positions"], cache["bidirectional"], slots)
+    memory = None
+    if "memory_segment_ids" in cache:
+        segment_ids = cache["memory_segment_ids"]
+        memory_slots = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+        memory = Side(segment_ids, cache["memory_positions"], jnp.ones(segment_ids.shape, jnp.bool_), memory_slots)
+    return Context(side._replace(slots=index + side.slots), keys, index=index, memory=memory, key=key)
+
+
+def select_rows(cache: Cache, rows: jax.Array) -> Cache:
+    """Returns the cache with rows i32[B'] of it, for beam search or to repeat prompts."""
+    layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache["layers"])
+    shared = {name: jnp.take(x, rows, axis=0) for name, x in cache.items() if name not in ("index", "layers")}
+    return {**shared, "index": cache["index"], "layers": layers}

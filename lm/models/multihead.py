@@ -1,0 +1,198 @@
+"""Multi-head attention with its projections: MHA, GQA and MQA, within a sequence or across to an encoder.
+
+Owns the query, key, value and output weights and the layer's cache of keys and values. Knows neither
+masks (lm.models.attention) nor where in the stack it stands. Law: one-token decoding, prefill and
+training are the same code, and agree.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from lm.models.attention import Chunked, Layout, Plain, Scoring, Side
+from lm.models.layers import Constant, Einsum, Norm, declare, fold
+from lm.parallel import constrain
+
+if TYPE_CHECKING:
+    from lm.models.transformer import Layer, Transformer
+
+
+class Context(NamedTuple):
+    """What every layer of a stack is told besides its input; a pytree.
+
+    Attributes:
+      queries: where the T positions of the input stand.
+      keys: where the keys stand: the same without a cache, all S slots of the cache with one.
+      index: i32[], first slot of the cache that the input is written to; None without a cache.
+      memory_BSD: the encoder's result, or None.
+      memory: where the encoder's positions stand, or None.
+      bias_table_UN: table of attention biases shared by the layers, or None.
+      key: PRNG key for dropout; None is deterministic.
+    """
+
+    queries: Side
+    keys: Side
+    index: jax.Array | None = None
+    memory_BSD: jax.Array | None = None
+    memory: Side | None = None
+    bias_table_UN: jax.Array | None = None
+    key: jax.Array | None = None
+
+
+Cache = dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MultiHead:
+    """Settings of multi-head attention; the numbers and sizes of heads are those of the model.
+
+    Attributes:
+      use_qkv_bias: whether queries, keys and values have biases.
+      use_output_bias: whether the output projection has a bias.
+      qk_norm: norm of queries and keys before rotation: over each head (Qwen3, Gemma 3) or all heads together (OLMo 2).
+      scale: factor on the products of queries and keys; None means 1 / sqrt(head_dim). T5 has 1.
+      logit_softcap: bound on the scaled products, cap * tanh(x / cap) (Gemma 2); None leaves them.
+      sinks: whether each head has a learned score that reads nothing (gpt-oss).
+      dropout_rate: probability that an attention weight is dropped.
+      kernel: how attention is computed; all kernels agree.
+    """
+
+    use_qkv_bias: bool = False
+    use_output_bias: bool = False
+    qk_norm: Literal["none", "head", "all"] = "none"
+    scale: float | None = None
+    logit_softcap: float | None = None
+    sinks: bool = False
+    dropout_rate: float = 0.0
+    kernel: Plain | Chunked = Plain()
+
+    def build(
+        self, config: "Transformer", layer: "Layer", *, causal: bool, cross: bool, gain: float, name: str
+    ) -> nn.Module:
+        """Returns the module, its initial value and output weights multiplied by `gain`; called in a compact method."""
+        return MultiHeadAttention(self, config, layer, causal, cross, gain, name=name)
+
+    def init_cache(self, config: "Transformer", batch_size: int, length: int) -> dict[str, jax.Array]:
+        """Returns zeros for one layer's keys and values, each [B, S, K, H] in the compute dtype."""
+        shape = (batch_size, length, config.sizes["K"], config.sizes["H"])
+        return {"key": jnp.zeros(shape, config.compute_dtype), "value": jnp.zeros(shape, config.compute_dtype)}
+
+    def flops(self, config: "Transformer", num_keys: float) -> float:
+        """Returns floating point operations for one query's scores and reading, forward only, without projections."""
+        return 4.0 * config.sizes["N"] * config.sizes["H"] * num_keys
+
+    def problems(self, config: "Transformer") -> list[str]:
+        """Returns one sentence for each reason why these settings cannot work."""
+        problems = self.kernel.problems(self.dropout_rate)
+        if config.num_heads % config.sizes["K"]:
+            problems.append(
+                f"config.model.num_kv_heads: {config.sizes['K']} does not divide num_heads {config.num_heads}"
+            )
+        if config.head_dim is None and config.model_dim % config.num_heads:
+            problems.append(
+                f"config.model.num_heads: {config.num_heads} does not divide model_dim {config.model_dim};"
+                " set head_dim or another number"
+            )
+        return problems
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head attention of one layer.
+
+    Attributes:
+      attention: its settings.
+      config: the model's settings.
+      layer: the layer's own settings (window, positions).
+      causal: whether later keys are hidden.
+      cross: whether keys and values come from the encoder.
+      gain: multiplies the initial value and output weights (DeepNorm).
+    """
+
+    attention: MultiHead
+    config: "Transformer"
+    layer: "Layer"
+    causal: bool
+    cross: bool = False
+    gain: float = 1.0
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, context: Context, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Returns [B, T, D] and the cache with the input's keys and values written; None stays None."""
+        settings, config = self.attention, self.config
+        positions = self.layer.positions or config.positions
+        # Queries start at unit variance of the scores whatever the factor that scores are multiplied by.
+        scale = config.sizes["H"] ** -0.5 if settings.scale is None else settings.scale
+        query = Einsum(
+            "BTD,DNH->BTNH", config, settings.use_qkv_bias, scale=config.sizes["H"] ** -0.5 / scale, name="query"
+        )
+        q_BTNH = self._normalize(query(x_BTD), "query_norm", "heads")
+        if not self.cross:
+            q_BTNH = positions.rotate(q_BTNH, context.queries.positions)
+        q_BTNH = constrain(q_BTNH, "batch", "length", "activation_heads", None)
+        k_BSKH, v_BSKH, keys, cache = self._keys_and_values(x_BTD, context, cache)
+        sinks = declare((config.sizes["N"],), ("heads",), "bias", distribution=Constant(0.0))
+        scoring = Scoring(
+            scale=scale,
+            soft_cap=settings.logit_softcap,
+            bias=None if self.cross else self._bias(context),
+            sinks_N=self.param("sinks", sinks) if settings.sinks else None,
+            dropout_rate=settings.dropout_rate,
+            key=fold(context.key, 0),
+        )
+        layout = Layout(
+            context.queries, keys, self.causal and not self.cross, None if self.cross else self.layer.window
+        )
+        out_BTNH = settings.kernel.attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
+        out_BTNH = constrain(out_BTNH, "batch", "length", "activation_heads", None)
+        output = Einsum("BTNH,NHD->BTD", config, settings.use_output_bias, residual=True, scale=self.gain, name="out")
+        return output(out_BTNH), cache
+
+    def _keys_and_values(self, x_BTD: jax.Array, context: Context, cache: Cache) -> tuple[Any, Any, Side, Cache]:
+        """Returns all keys and values that may be read, where they stand, and the cache with the new ones."""
+        if self.cross:
+            if cache is not None and context.memory_BSD is None:
+                return cache["cross_key"], cache["cross_value"], self._memory(context), cache
+            k_BSKH, v_BSKH = self._project(context.memory_BSD)
+            if cache is not None:
+                cache = {**cache, "cross_key": k_BSKH, "cross_value": v_BSKH}
+            return k_BSKH, v_BSKH, self._memory(context), cache
+        k_BTKH, v_BTKH = self._project(x_BTD)
+        k_BTKH = (self.layer.positions or self.config.positions).rotate(k_BTKH, context.queries.positions)
+        if cache is None or context.index is None:
+            return k_BTKH, v_BTKH, context.keys, cache
+        start = (0, context.index, 0, 0)
+        k_BSKH = jax.lax.dynamic_update_slice(cache["key"], k_BTKH.astype(cache["key"].dtype), start)
+        v_BSKH = jax.lax.dynamic_update_slice(cache["value"], v_BTKH.astype(cache["value"].dtype), start)
+        return k_BSKH, v_BSKH, context.keys, {**cache, "key": k_BSKH, "value": v_BSKH}
+
+    def _project(self, x_BSD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values, each [B, S, K, H], before rotation."""
+        if x_BSD is None:
+            raise ValueError("cross attention needs an encoder's result; the batch has no encoder_inputs")
+        bias = self.attention.use_qkv_bias
+        k_BSKH = Einsum("BSD,DKH->BSKH", self.config, bias, name="key")(x_BSD)
+        v_BSKH = Einsum("BSD,DKH->BSKH", self.config, bias, scale=self.gain, name="value")(x_BSD)
+        k_BSKH = self._normalize(k_BSKH, "key_norm", "kv_heads")
+        k_BSKH = constrain(k_BSKH, "batch", "kv_length", "activation_heads", None)
+        return k_BSKH, constrain(v_BSKH, "batch", "kv_length", "activation_heads", None)
+
+    def _normalize(self, x_BTNH: jax.Array, name: str, heads: str) -> jax.Array:
+        if self.attention.qk_norm == "none":
+            return x_BTNH
+        axes = ("head_dim",) if self.attention.qk_norm == "head" else (heads, "head_dim")
+        return Norm(self.config.norm, self.config.compute_dtype, axes, name=name)(x_BTNH)
+
+    def _bias(self, context: Context) -> Any:
+        """Returns the function from the keys' side to the scores' bias."""
+        positions, heads = self.layer.positions or self.config.positions, self.config.num_heads
+        return lambda keys: positions.bias(
+            context.bias_table_UN, context.queries.positions, keys.positions, heads, self.causal
+        )
+
+    def _memory(self, context: Context) -> Side:
+        if context.memory is None:
+            raise ValueError("cross attention needs an encoder; the batch has no encoder_inputs")
+        return context.memory
