@@ -5,72 +5,44 @@ mesh and no packing, and imports no jax. Law: the examples are a function of (do
 lengths, seed, epoch, index) only, never of worker, process or call order.
 """
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import itertools
 
 import numpy as np
 
-from lm.batch import Document, Example, Lengths, SpecialTokens
+from lm.batch import SpecialTokens
+from lm.document import Context as Context
+from lm.document import Layout as Layout
+from lm.document import Objective as Objective
+from lm.document import Traits as Traits
+from lm.document import Vocabulary as Vocabulary
+
+# What a generator is for. Two draws of one objective that must be independent have two purposes.
+CORRUPTION = 0
+CHOICE = 1
 
 
-class Vocabulary(Protocol):
-    """The part of a tokenizer that objectives use (`lm.data.tokenizers` has the real ones)."""
-
-    @property
-    def size(self) -> int:
-        """Number of ids, special ones included."""
-
-    @property
-    def specials(self) -> SpecialTokens:
-        """The ids that are not text."""
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """i32[V], UTF-8 bytes of text that each id stands for; 0 for the special ones."""
-
-    @property
-    def starts_word(self) -> np.ndarray:
-        """bool[V], whether an id begins a new word (whole-word masking, BART's spans)."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Returns i32[N], the ids of `text`, without special tokens."""
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of `ids`; special tokens are shown by their names."""
+def find_missing(specials: SpecialTokens, *names: str) -> list[str]:
+    """Returns a sentence for each special token in `names` that the tokenizer lacks."""
+    return [
+        f"the tokenizer has no {name!r} token, which this objective needs: add it to the tokenizer's special tokens"
+        for name in names
+        if getattr(specials, name) is None
+    ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """Everything besides the document that an example may depend on.
+def cut(tokens: np.ndarray, limit: int, minimum: int = 1) -> list[np.ndarray]:
+    """Cuts `tokens` into consecutive pieces of `limit`, the last one shorter but of at least `minimum` tokens.
 
-    Attributes:
-      vocabulary: encodes, decodes and names the special tokens.
-      lengths: the longest example that fits a row.
-      seed: the run's data seed.
-      epoch: how many times the corpus was passed before.
-      index: the document's place in the epoch's global order.
-      sample_document: draws another document of the corpus with the given generator (for pairs).
+    The last piece but one gives up what the last lacks. A document of fewer than `minimum` tokens gives nothing.
+
+    Raises:
+      ValueError: if `limit` is below `minimum`, or no piece can give up enough.
     """
-
-    vocabulary: Vocabulary
-    lengths: Lengths
-    seed: int
-    epoch: int
-    index: int
-    sample_document: Callable[[np.random.Generator], Document]
-
-    def rng(self, purpose: int) -> np.random.Generator:
-        """Returns a generator keyed by (seed, epoch, index, purpose), independent of call order."""
-        key = np.random.SeedSequence([self.seed, self.epoch, self.index, purpose])
-        return np.random.Generator(np.random.Philox(key))
-
-
-class Objective(Protocol):
-    """Turns documents into examples. Implementations are frozen dataclasses, one a file."""
-
-    def examples(self, document: Document, context: Context) -> list[Example]:
-        """Returns the document's examples, each no longer than `context.lengths`; may be empty."""
-
-    def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
-        """Returns one plain sentence for each reason why these settings cannot work; empty if none."""
+    if limit < minimum or (minimum > 1 and limit < 2 * minimum - 1):
+        raise ValueError(f"pieces of at most {limit} tokens cannot always have {minimum}: raise the lengths")
+    if len(tokens) < minimum:
+        return []
+    bounds = [*range(0, len(tokens), limit), len(tokens)]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] < minimum:
+        bounds[-2] = bounds[-1] - minimum
+    return [tokens[start:end] for start, end in itertools.pairwise(bounds)]

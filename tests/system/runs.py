@@ -1,0 +1,85 @@
+"""Runs the programs as processes, with a tiny model on a tiny corpus of the standard library's own text."""
+
+import json
+import os
+import pathlib
+import pydoc_data.topics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+# What depends on the clock and may differ between runs.
+TIMES = ("tokens_per_second", "seconds_per_step", "data_wait_fraction", "model_flops_per_second")
+
+
+def write_corpus(folder: pathlib.Path, num_documents: int = 60) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(list(pydoc_data.topics.topics.values())[:num_documents]):
+        (folder / f"{number:03}.txt").write_text(text[:3000], encoding="utf-8")
+    return f"{folder}/*.txt"
+
+
+def tiny_flags(source: str, **overrides: object) -> list[str]:
+    fields = {
+        "data.source": source,
+        "data.tokenizer": "Bytes",
+        "data.sequence_length": 32,
+        "data.validation_fraction": 0.2,
+        "batch_size": 4,
+        "num_steps": 300,
+        "checkpoint.every": 40,
+        "evaluation.num_batches": 2,
+        "logging.every": 1,
+        "logging.tensorboard": False,
+        "compilation_cache": ROOT / ".jax_cache" / "programs",
+        **overrides,
+    }
+    return ["--config=configs/llama3.py:tiny", *[f"--config.{name}={value}" for name, value in fields.items()]]
+
+
+def start(program: str, *flags: str, **environment: str) -> subprocess.Popen:
+    # One device and quick code generation; the virtual devices of this process are not inherited.
+    flags_xla = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_xla, **environment}
+    return subprocess.Popen(
+        [sys.executable, "-m", program, *flags],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, err
+
+
+def run(program: str, *flags: str, **environment: str) -> tuple[int, str, str]:
+    return finish(start(program, *flags, **environment))
+
+
+def history(workdir: pathlib.Path, split: str = "train") -> list[dict]:
+    """The logged figures that must repeat bit for bit."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["split"] == split]
+
+
+def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int, timeout: float = 240) -> None:
+    """Waits until the run has logged `step`; fails if it ends before."""
+    deadline = time.monotonic() + timeout
+    file = workdir / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode} before step {step}: {process.stderr.read()[-2000:]}")
+        if file.exists() and file.read_text().count("\n") >= step:
+            return
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"did not reach step {step} in {timeout} s")
