@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm import models, parallel
 from lm.batch import Batch
-from lm.decoding import Decoder, Sampling, pad_prompts
+from lm.decoding import Decoder, DecodingError, Sampling, pad_prompts
 
 VOCAB, WIDTH, MAX_TOKENS = 31, 8, 6
 GREEDY = Sampling(temperature=0)
@@ -186,6 +186,16 @@ def test_log_probs_are_the_models_own_whatever_the_sampling():
         np.testing.assert_allclose(out.log_probs[i], expected, atol=2e-4)
 
 
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, Sampling(temperature=5.0), Sampling(top_k=3), Sampling(top_p=0.5)], ids=repr
+)
+def test_ids_beyond_the_vocabulary_are_never_made(sampling):
+    model, params = make("rotary_gqa")
+    out = decoder(model, sampling=sampling, num_ids=5).generate(params, pad(prompts_of(3, 8, 1, 4)))
+    assert out.tokens.max() < 5
+    assert np.isfinite(out.log_probs).all()
+
+
 def test_small_temperature_is_greedy():
     model, params = make("learned")
     prompts = pad(prompts_of(4, 7))
@@ -224,7 +234,7 @@ def test_padding_beyond_a_table_of_positions_is_harmless():
 )
 def test_what_cannot_work_is_an_error(changes, message):
     model, params = make("learned")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DecodingError, match=message):
         decoder(model, **changes).generate(params, pad(prompts_of(3)))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(DecodingError, match=message):
         next(decoder(model, **changes).stream(params, pad(prompts_of(3))))
