@@ -262,7 +262,7 @@ class ArrayRecord:
 
     def __init__(self, path: str, field: str | None, errors: Errors) -> None:
         try:
-            from array_record.python import array_record_module  # pyright: ignore[reportMissingImports] it has no types
+            from array_record.python import array_record_module  # pyright: ignore it has no types
         except ImportError:
             raise DataError(f"{path} needs the package array_record: pip install array_record") from None
         self._path, self._field = path, field

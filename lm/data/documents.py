@@ -1,0 +1,150 @@
+"""The documents of one side of the split of one source, tokenised and cached.
+
+Owns the way from an index to a `Document`, and the memory that keeps its tokens. Knows no order and no
+row. Law: document `i` is the same whether it was cached or not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from lm.batch import Document
+from lm.data.config import DataConfig
+from lm.data.formats import DataError
+from lm.data.sources import Corpus, split
+from lm.document import Vocabulary
+
+
+class Cache:
+    """Keeps arrays until a budget is spent, and no more after that.
+
+    Whoever passes over a corpus in cycles gains from keeping the first ones and nothing from keeping the
+    latest: those are used again when they have long been dropped.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._left = num_bytes
+        self._kept: dict[tuple[int, int], np.ndarray] = {}
+
+    def get(self, key: tuple[int, int]) -> np.ndarray | None:
+        """Returns what was kept under the key, or None."""
+        return self._kept.get(key)
+
+    def keep(self, key: tuple[int, int], array: np.ndarray) -> None:
+        """Keeps an array if there is room."""
+        if array.nbytes <= self._left:
+            self._left -= array.nbytes
+            self._kept[key] = array
+
+
+class Documents:
+    """Numbered documents of one side of the split.
+
+    Args:
+      corpus: of the source.
+      number: of the source in the mixture.
+      indices: i64[N], the corpus's documents on this side.
+      vocabulary: turns text into tokens.
+      cache: shared by all sources.
+    """
+
+    def __init__(self, corpus: Corpus, number: int, indices: np.ndarray, vocabulary: Vocabulary, cache: Cache) -> None:
+        self._corpus, self._number, self._indices = corpus, number, indices
+        self._vocabulary, self._cache = vocabulary, cache
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Document:
+        place = int(self._indices[index])
+        document_id, text = self._corpus.document_id(place), self._corpus.text(place)
+        tokens = self._corpus.tokens(place) if text is None else self._tokenize(place, text)
+        assert tokens is not None, "a corpus has text or tokens"
+        return Document(f"{self._number}/{document_id}" if self._number else document_id, text, tokens)
+
+    def _tokenize(self, place: int, text: str) -> np.ndarray:
+        tokens = self._cache.get((self._number, place))
+        if tokens is None:
+            tokens = self._vocabulary.encode(text)
+            tokens.setflags(write=False)
+            self._cache.keep((self._number, place), tokens)
+        return tokens
+
+    def sample(self, rng: np.random.Generator) -> Document:
+        """Draws a document."""
+        return self[int(rng.integers(len(self)))]
+
+
+def open_corpora(config: DataConfig) -> list[Corpus]:
+    """Opens every source; raises `DataError` if one cannot be read."""
+    return [source.open() for source in config.chosen_sources]
+
+
+def open_documents(config: DataConfig, vocabulary: Vocabulary, fingerprint: str, validation: bool) -> list[Documents]:
+    """Returns the documents of each source on one side of the split.
+
+    Args:
+      config: the settings.
+      vocabulary: the tokenizer.
+      fingerprint: the tokenizer's, compared with that of corpora that were tokenised ahead.
+      validation: which side.
+
+    Raises:
+      DataError: a source cannot be read, was tokenised by another tokenizer, or has nothing on this side.
+    """
+    cache = Cache(config.cache_megabytes << 20)
+    found = []
+    for number, (source, corpus) in enumerate(zip(config.chosen_sources, open_corpora(config), strict=True)):
+        made_by = corpus.tokenizer_fingerprint()
+        if made_by not in (None, fingerprint):
+            raise DataError(
+                f"{source} was tokenised by another tokenizer ({made_by[:8]}, not {fingerprint[:8]}): set "
+                "data.tokenizer to the Saved one in its folder tokenizer, or prepare it again"
+            )
+        training, held_out = split(corpus.keys(), config.validation_fraction)
+        indices = held_out if validation else training
+        if not len(indices) and not validation:
+            raise DataError(
+                f"{source} has no training document: {len(corpus)} document(s), {len(held_out)} of them held out; "
+                "add text, or set data.validation_fraction lower"
+            )
+        found.append(Documents(corpus, number, indices, vocabulary, cache))
+    if validation and not any(len(documents) for documents in found):
+        raise DataError(
+            f"there is no validation document: data.validation_fraction is {config.validation_fraction}; add text, "
+            "or set it higher"
+        )
+    return found
+
+
+class _TrainingText:
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+
+    def sample(self, num_bytes: int) -> Iterator[str]:
+        """Yields training documents of all sources in the order of their keys, until `num_bytes` are reached."""
+        corpora = open_corpora(self._config)
+        sides = [split(corpus.keys(), self._config.validation_fraction)[0] for corpus in corpora]
+        keys = np.concatenate([corpus.keys()[side] for corpus, side in zip(corpora, sides, strict=True)])
+        owners = np.repeat(np.arange(len(corpora)), [len(side) for side in sides])
+        places = np.concatenate(sides)
+        for number in np.argsort(keys, kind="stable"):
+            text = corpora[owners[number]].text(int(places[number]))
+            if text is not None:
+                yield text
+                num_bytes -= len(text.encode())
+            if num_bytes <= 0:
+                return
+
+
+def training_text(config: DataConfig) -> _TrainingText:
+    """Returns the text that a tokenizer may see: training documents only, read when it is asked for."""
+    return _TrainingText(config)
+
+
+def fingerprint(config: DataConfig) -> str:
+    """Returns a hash over the sources' names, sizes and contents, for the run's record."""
+    found = [corpus.fingerprint() for corpus in open_corpora(config)]
+    return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
