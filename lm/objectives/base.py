@@ -96,6 +96,7 @@ class Traits:
         false where a position predicts its own hidden token.
       originals: whether `targets` holds the original token at every position, whatever the weights (a model that
         judges replaced tokens reads them).
+      needs_generator: whether the objective is meant for such a model only.
       fields: optional fields of `Batch` that every example sets, the encoder's apart.
       num_labels: classes in `label_targets`; 0 where no label is set.
       component_names: what the ids in `components` stand for, for logs; empty where the field is not set.
@@ -105,6 +106,7 @@ class Traits:
     bidirectional: bool = False
     autoregressive: bool = True
     originals: bool = False
+    needs_generator: bool = False
     fields: frozenset[str] = frozenset()
     num_labels: int = 0
     component_names: tuple[str, ...] = ()
@@ -124,6 +126,18 @@ class Objective(Protocol):
         """Returns one plain sentence for each reason why these settings cannot work; empty if none."""
 
 
+def special(specials: SpecialTokens, name: str) -> int:
+    """Returns the id of the special token `name`.
+
+    Raises:
+      ValueError: if the tokenizer lacks it, where `problems` was not asked before.
+    """
+    token = getattr(specials, name)
+    if token is None:
+        raise ValueError(find_missing(specials, name)[0])
+    return token
+
+
 def find_missing(specials: SpecialTokens, *names: str) -> list[str]:
     """Returns a sentence for each special token in `names` that the tokenizer lacks."""
     return [
@@ -133,19 +147,26 @@ def find_missing(specials: SpecialTokens, *names: str) -> list[str]:
     ]
 
 
+def take(limit: int, remaining: int, minimum: int) -> int:
+    """Returns how many of `remaining` tokens the next piece takes: at most `limit`, and never so that fewer
+    than `minimum` are left over.
+    """
+    return remaining if remaining <= limit else min(limit, remaining - minimum)
+
+
 def cut(tokens: np.ndarray, limit: int, minimum: int = 1) -> list[np.ndarray]:
     """Cuts `tokens` into consecutive pieces of `limit`, the last one shorter but of at least `minimum` tokens.
 
     The last piece but one gives up what the last lacks. A document of fewer than `minimum` tokens gives nothing.
 
     Raises:
-      ValueError: if `limit` is below `minimum`, or no piece can give up enough.
+      ValueError: if `limit` is too small for that.
     """
-    if limit < minimum or (minimum > 1 and limit < 2 * minimum - 1):
+    if limit < 2 * minimum - 1:
         raise ValueError(f"pieces of at most {limit} tokens cannot always have {minimum}: raise the lengths")
-    if len(tokens) < minimum:
-        return []
-    bounds = [*range(0, len(tokens), limit), len(tokens)]
-    if len(bounds) > 2 and bounds[-1] - bounds[-2] < minimum:
-        bounds[-2] = bounds[-1] - minimum
-    return [tokens[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+    pieces = []
+    while len(tokens) >= minimum:
+        size = take(limit, len(tokens), minimum)
+        pieces.append(tokens[:size])
+        tokens = tokens[size:]
+    return pieces
