@@ -1,129 +1,22 @@
-"""What an objective is: a pure, host-side function from a document to training examples.
+"""What objectives share: the names of the contract in `lm.document`, special tokens, and the cut of documents.
 
 An objective is a frozen dataclass of its settings with a method `examples`. It knows no model, no
 mesh and no packing, and imports no jax. Law: the examples are a function of (document, settings,
 lengths, seed, epoch, index) only, never of worker, process or call order.
 """
 
-import dataclasses
-import hashlib
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
-
 import numpy as np
 
-from lm.batch import Document, Example, Lengths, SpecialTokens
+from lm.batch import SpecialTokens
+from lm.document import Context as Context
+from lm.document import Layout as Layout
+from lm.document import Objective as Objective
+from lm.document import Traits as Traits
+from lm.document import Vocabulary as Vocabulary
 
 # What a generator is for. Two draws of one objective that must be independent have two purposes.
 CORRUPTION = 0
 CHOICE = 1
-
-Layout = Literal["decoder", "encoder", "encoder_decoder"]
-
-
-class Vocabulary(Protocol):
-    """The part of a tokenizer that objectives use (`lm.data.tokenizers` has the real ones)."""
-
-    @property
-    def size(self) -> int:
-        """Number of ids, special ones included."""
-
-    @property
-    def specials(self) -> SpecialTokens:
-        """The ids that are not text."""
-
-    @property
-    def token_bytes(self) -> np.ndarray:
-        """i32[V], UTF-8 bytes of text that each id stands for; 0 for the special ones."""
-
-    @property
-    def starts_word(self) -> np.ndarray:
-        """bool[V], whether an id begins a new word (whole-word masking, BART's spans)."""
-
-    def encode(self, text: str) -> np.ndarray:
-        """Returns i32[N], the ids of `text`, without special tokens."""
-
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Returns the text of `ids`; special tokens are shown by their names."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """Everything besides the document that an example may depend on.
-
-    Attributes:
-      vocabulary: encodes, decodes and names the special tokens.
-      lengths: the longest example that fits a row.
-      seed: the run's data seed.
-      epoch: how many times the corpus was passed before.
-      index: the document's place in the epoch's global order.
-      sample_document: draws another document of the corpus with the given generator (for pairs).
-    """
-
-    vocabulary: Vocabulary
-    lengths: Lengths
-    seed: int
-    epoch: int
-    index: int
-    sample_document: Callable[[np.random.Generator], Document]
-
-    def rng(self, purpose: int) -> np.random.Generator:
-        """Returns a generator keyed by (seed, epoch, index, purpose), independent of call order."""
-        key = np.random.SeedSequence([self.seed, self.epoch, self.index, purpose])
-        return np.random.Generator(np.random.Philox(key))
-
-    def static_rng(self, document: Document, num_duplicates: int, purpose: int) -> np.random.Generator:
-        """Returns a generator that repeats every `num_duplicates` epochs, wherever the shuffle puts the document.
-
-        It is keyed by the document's id instead of its index, so that a corpus has a fixed number of
-        corruptions of each document, as if they had been written to files once (BERT).
-        """
-        digest = int.from_bytes(hashlib.blake2b(document.id.encode(), digest_size=16).digest(), "little")
-        key = np.random.SeedSequence([self.seed, self.epoch % num_duplicates, digest, purpose])
-        return np.random.Generator(np.random.Philox(key))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Traits:
-    """What an objective's examples hold, as data, so that a model is checked against them without naming either.
-
-    Attributes:
-      layouts: the stacks that can read the examples. "decoder": one stack that obeys the causal order and the
-        `bidirectional` flags; "encoder": one stack that sees both ways everywhere; "encoder_decoder": two stacks,
-        in use when `Lengths.encoder` is set.
-      bidirectional: whether positions of the decoder layout may see ahead (a kernel that is causal only cannot).
-      autoregressive: whether each target follows its input, so that the trained model generates left to right;
-        false where a position predicts its own hidden token.
-      originals: whether `targets` holds the original token at every position, whatever the weights (a model that
-        judges replaced tokens reads them).
-      needs_generator: whether the objective is meant for such a model only.
-      fields: optional fields of `Batch` that every example sets, the encoder's apart.
-      num_labels: classes in `label_targets`; 0 where no label is set.
-      component_names: what the ids in `components` stand for, for logs; empty where the field is not set.
-    """
-
-    layouts: frozenset[Layout]
-    bidirectional: bool = False
-    autoregressive: bool = True
-    originals: bool = False
-    needs_generator: bool = False
-    fields: frozenset[str] = frozenset()
-    num_labels: int = 0
-    component_names: tuple[str, ...] = ()
-
-
-class Objective(Protocol):
-    """Turns documents into examples. Implementations are frozen dataclasses, one a file."""
-
-    @property
-    def traits(self) -> Traits:
-        """What the examples hold, given these settings."""
-
-    def examples(self, document: Document, context: Context) -> list[Example]:
-        """Returns the document's examples, each no longer than `context.lengths`; may be empty."""
-
-    def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
-        """Returns one plain sentence for each reason why these settings cannot work; empty if none."""
 
 
 def special(specials: SpecialTokens, name: str) -> int:
@@ -164,9 +57,18 @@ def cut(tokens: np.ndarray, limit: int, minimum: int = 1) -> list[np.ndarray]:
     """
     if limit < 2 * minimum - 1:
         raise ValueError(f"pieces of at most {limit} tokens cannot always have {minimum}: raise the lengths")
+<<<<<<< HEAD
     pieces = []
     while len(tokens) >= minimum:
         size = take(limit, len(tokens), minimum)
         pieces.append(tokens[:size])
         tokens = tokens[size:]
     return pieces
+=======
+    if len(tokens) < minimum:
+        return []
+    bounds = [*range(0, len(tokens), limit), len(tokens)]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] < minimum:
+        bounds[-2] = bounds[-1] - minimum
+    return [tokens[start:end] for start, end in itertools.pairwise(bounds)]
+>>>>>>> main

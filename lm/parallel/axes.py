@@ -63,7 +63,9 @@ class Rules:
                     raise ValueError(f"unknown logical axis {name!r} in the sharding table; known: {LOGICAL_AXES}")
                 for axis in mesh_axes:
                     if axis not in MESH_AXES:
-                        raise ValueError(f"row {name!r} of the sharding table names mesh axis {axis!r}; known: {MESH_AXES}")
+                        raise ValueError(
+                            f"row {name!r} of the sharding table names mesh axis {axis!r}; known: {MESH_AXES}"
+                        )
 
 
 def spec(axes: tuple[str | None, ...], table: Mapping[str, tuple[str, ...]]) -> PartitionSpec:

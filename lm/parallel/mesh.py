@@ -46,7 +46,9 @@ class MeshConfig:
         fixed = math.prod(size for size in sizes if size != -1)
         if -1 in sizes:
             if num_devices % fixed:
-                raise ValueError(f"config.mesh: {shown} asks for a multiple of {fixed} devices, there are {num_devices}")
+                raise ValueError(
+                    f"config.mesh: {shown} asks for a multiple of {fixed} devices, there are {num_devices}"
+                )
             sizes[sizes.index(-1)] = num_devices // fixed
         elif fixed != num_devices:
             raise ValueError(f"config.mesh: {shown or 'data 1'} makes {fixed} devices, there are {num_devices}")

@@ -1,0 +1,47 @@
+"""Evaluates a trained run on held-out text: python -m lm.evaluate --workdir=runs/quickstart
+
+Scores every token of the split exactly once and prints loss, perplexity and bits per byte, beside the
+unigram entropy of the same tokens. --data scores other files instead.
+"""
+
+import dataclasses
+import json
+
+from absl import flags
+
+from lm import flags as program
+from lm.config import ConfigError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint (default: the newest).")
+_DATA = flags.DEFINE_string("data", None, "Score these files, all of them, instead of the run's held-out split.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows per batch; does not change the answer.", lower_bound=1)
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
+
+
+def main(_: list[str]) -> int:
+    """Evaluates the run that the flags name."""
+    if _WORKDIR.value is None:
+        raise ConfigError("give --workdir=FOLDER of a trained run")
+    from lm.evaluation.heldout import make_evaluate
+    from lm.training.assembly import load_run
+
+    run = load_run(_WORKDIR.value, _STEP.value)
+    data = None
+    if _DATA.value is not None:
+        data = dataclasses.replace(run.experiment.data, source=_DATA.value, validation_fraction=1.0)
+    figures = make_evaluate(run.assembly, data, _BATCH_SIZE.value)(run.params, True)
+    if _JSON.value:
+        print(json.dumps({"step": run.step, **figures}))
+        return 0
+    print(f"{_WORKDIR.value}, step {run.step}: {figures['tokens']:,.0f} held-out tokens, {figures['bytes']:,.0f} bytes")
+    print(f"  loss             {figures['nll']:.4f} nats/token")
+    print(f"  perplexity       {figures['perplexity']:.2f}")
+    print(f"  accuracy         {figures['accuracy']:.2%}")
+    print(f"  bits per byte    {figures['bits_per_byte']:.4f}")
+    print(f"  unigram entropy  {figures['unigram_bits_per_byte']:.4f} bits per byte of the same tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main)

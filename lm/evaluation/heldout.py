@@ -1,0 +1,105 @@
+"""Held-out loss, perplexity and bits per byte: every token of the split exactly once.
+
+Knows no architecture. Law: the answer does not depend on the batch size or the number of processes,
+because sums, not means, are added, in float64 on the host.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.data import DataConfig, validation_batches
+from lm.training.assembly import Assembly
+from lm.training.loop import Evaluate
+from lm.training.state import Tree
+from lm.training.step import make_evaluation_step
+
+
+@dataclasses.dataclass
+class HeldOut:
+    """Sums over the batches seen so far.
+
+    Attributes:
+      nll: negative log-likelihood in nats.
+      weight: sum of the loss weights.
+      correct: weight of the tokens that were the most likely ones.
+      tokens: number of loss tokens.
+      bytes: UTF-8 bytes those tokens stand for.
+      counts: i64[V], how often each token was a target.
+    """
+
+    counts: np.ndarray
+    nll: float = 0.0
+    weight: float = 0.0
+    correct: float = 0.0
+    tokens: float = 0.0
+    bytes: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Returns nll (nats a token), perplexity, bits_per_byte, accuracy, tokens, bytes, unigram_bits_per_byte.
+
+        The last one is the entropy of the same targets' own frequencies: what a model that knows only
+        how common each token is would need.
+        """
+        nll = self.nll / max(self.weight, 1e-9)
+        tokens_per_byte = self.tokens / max(self.bytes, 1.0)
+        share = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
+        unigram = float(-(share * np.log2(share)).sum())
+        return {
+            "nll": nll,
+            "perplexity": math.exp(min(nll, 700.0)),
+            "bits_per_byte": nll / math.log(2.0) * tokens_per_byte,
+            "accuracy": self.correct / max(self.weight, 1e-9),
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "unigram_bits_per_byte": unigram * tokens_per_byte,
+        }
+
+
+def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size: int | None = None) -> Evaluate:
+    """Returns a function (params, whole split?) -> figures; see `HeldOut.figures`.
+
+    Args:
+      assembly: the parts of the run.
+      data: another corpus to score; None is the run's own held-out split.
+      batch_size: rows per batch; None is what the config says.
+    """
+    config = assembly.experiment
+    rows = batch_size or config.evaluation.batch_size or config.batch_size
+    step = jax.jit(make_evaluation_step(config.loss, assembly.model, assembly.tokenizer.token_bytes))
+
+    def evaluate(params: Tree, whole: bool) -> dict[str, float]:
+        total = HeldOut(np.zeros(assembly.tokenizer.size, np.int64))
+        batches: Any = validation_batches(
+            data or config.data,
+            config.objective,
+            assembly.tokenizer,
+            rows,
+            jax.process_index(),
+            jax.process_count(),
+        )
+        try:
+            limit = None if whole else config.evaluation.num_batches
+            with assembly.placed():
+                for batch in itertools.islice(batches, limit):
+                    result = step(params, assembly.place(batch))
+                    _add(total, jax.device_get(result))
+        finally:
+            batches.close()
+        return total.figures()
+
+    return evaluate
+
+
+def _add(total: HeldOut, result: Any) -> None:
+    (tokens, _, _), counts = result
+    total.nll += float(tokens.nll)
+    total.weight += float(tokens.weight)
+    total.correct += float(tokens.correct)
+    total.tokens += float(counts["loss_tokens"])
+    total.bytes += float(counts["loss_bytes"])
+    total.counts += counts["targets"].astype(np.int64)

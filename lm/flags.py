@@ -1,0 +1,124 @@
+"""How a program starts: absl flags, `--config=FILE[:variant]` with typed overrides, and how it ends.
+
+Everything a user can mend ends in its sentence on stderr and exit status 2, before any device work.
+Knows no particular config or program, imports no jax.
+"""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from lm import config as configs
+from lm.config import ConfigError, UserError
+
+_OVERRIDES: dict[str, str] = {}
+
+
+def run(main: Callable[[list[str]], int | None], schema: Callable[[], type] | None = None) -> None:
+    """Runs an absl program: parses flags, calls `main(arguments)` and exits with its status (None is 0).
+
+    Args:
+      main: receives the positional arguments.
+      schema: returns the dataclass that `--config` must give; None for a program without a config.
+    """
+    if schema is not None:
+        flags.DEFINE_string("config", None, "Config FILE.py, FILE.py:variant or saved config.json.")
+
+    def guarded(argv: list[str]) -> None:
+        with _exit_status_2():
+            sys.exit(main(argv[1:]) or 0)
+
+    app.run(guarded, flags_parser=lambda argv: _parse(list(argv), schema))
+
+
+@contextlib.contextmanager
+def _exit_status_2() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse(argv: list[str], schema: Callable[[], type] | None) -> list[str]:
+    """Splits off `--config.a.b=value`, gives the rest to absl; prints help or the error and exits."""
+    rest = argv[:1]
+    _OVERRIDES.clear()
+    with _exit_status_2():
+        waiting: str | None = None
+        for argument in argv[1:]:
+            if waiting is not None:
+                _OVERRIDES[waiting], waiting = argument, None
+            elif schema is not None and argument.lstrip("-").startswith("config.") and argument.startswith("-"):
+                path, equals, value = argument.lstrip("-").removeprefix("config.").partition("=")
+                if equals:
+                    _OVERRIDES[path] = value
+                else:
+                    waiting = path
+            else:
+                rest.append(argument)
+        if waiting is not None:
+            raise ConfigError(f"--config.{waiting} needs a value: --config.{waiting}=VALUE")
+        if any(a in ("--help", "-help", "-h", "--helpfull", "--helpshort") for a in rest):
+            print(_help(rest, schema))
+            sys.exit(0)
+        try:
+            return flags.FLAGS(rest)
+        except flags.Error as error:
+            raise UserError(f"{error} (see --help)") from error
+
+
+def _help(argv: Sequence[str], schema: Callable[[], type] | None) -> str:
+    """The program's docstring, its own flags, and every field of the given (or default) config."""
+    main_module = sys.modules["__main__"]
+    lines = [(main_module.__doc__ or "").strip(), "", "Flags:"]
+    modules = (main_module, sys.modules[__name__])
+    own = [flag for module in modules for flag in flags.FLAGS.get_flags_for_module(module)]
+    defaults = ["" if flag.value is None else f" (default {flag.value})" for flag in own]
+    lines += [f"  --{flag.name}: {flag.help}{default}" for flag, default in zip(own, defaults, strict=True)]
+    if schema is not None:
+        given = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
+        lines += ["", "Config fields, each overridden by --config.PATH=VALUE:"]
+        if given:
+            shown = resolve(given[0], _OVERRIDES, schema())
+            for path, value, hint, text in configs.leaves(shown):
+                shown_value = type(value).__name__ if hasattr(value, "__dataclass_fields__") else repr(value)
+                lines.append(f"  {path} = {shown_value}  [{configs.describe(hint)}] {text}")
+        else:
+            texts = configs.field_help(schema())
+            for name, hint in configs.field_types(schema()).items():
+                lines.append(f"  {name}  [{configs.describe(hint)}] {texts.get(name, '')}")
+            lines.append("Give --config=FILE as well to see every field with its value.")
+    return "\n".join(lines)
+
+
+def resolve(path: str | None, overrides: dict[str, str], schema: type) -> Any:
+    """Loads the config at `path`, applies the overrides and checks every leaf's type.
+
+    Raises:
+      ConfigError: no config given, or whatever `lm.config` finds.
+    """
+    if path is None:
+        raise ConfigError("give --config=FILE.py, for example --config=configs/quickstart.py")
+    loaded = configs.load(path)
+    config = configs.from_json(schema, loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(config, schema):
+        raise ConfigError(f"{path}: get_config returned {type(config).__name__}, not {schema.__name__}")
+    config = configs.override(config, overrides)
+    wrong = configs.check_types(config, schema)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    return config
+
+
+def config(schema: type) -> Any:
+    """Returns the resolved config that the command line names.
+
+    Raises:
+      ConfigError: see `resolve`.
+    """
+    return resolve(flags.FLAGS["config"].value, dict(_OVERRIDES), schema)

@@ -1,0 +1,38 @@
+"""Trains a model: python -m lm.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Stopped at any moment (also by kill -9), the same command goes on from the newest checkpoint with the
+same losses, bit for bit. Any field of the config is overridden by --config.PATH=VALUE; add --help to
+see them all. Exit status: 0 finished, 75 asked to stop and saved, 2 something to mend.
+"""
+
+from absl import flags
+
+from lm import flags as program
+from lm.config import ConfigError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, tokenizer.")
+_FORCE = flags.DEFINE_bool("force_config", False, "Go on in a folder that holds another config.")
+
+
+def _schema() -> type:
+    from lm.experiment import Experiment
+
+    return Experiment
+
+
+def main(_: list[str]) -> int:
+    """Trains the run that the flags name."""
+    if _WORKDIR.value is None:
+        raise ConfigError("give --workdir=FOLDER, where the run is kept")
+    experiment = program.config(_schema())
+    experiment.validate()
+    # Only now the parts that start the devices.
+    from lm.evaluation.heldout import make_evaluate
+    from lm.training.loop import EXIT_PREEMPTED, train
+
+    finished = train(experiment, _WORKDIR.value, make_evaluate, force_config=_FORCE.value)
+    return 0 if finished else EXIT_PREEMPTED
+
+
+if __name__ == "__main__":
+    program.run(main, _schema)

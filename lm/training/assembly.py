@@ -1,0 +1,187 @@
+"""Puts a run's parts together: mesh, tokenizer, model, optimizer, and where each array lives.
+
+The train loop, evaluation and generation all start here, so that a trained run is rebuilt in one way.
+Knows no loop. Law: two assemblies of one config describe the same arrays.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from lm import parallel
+from lm.batch import Batch
+from lm.config import ConfigError
+from lm.data import load_tokenizer
+from lm.experiment import Experiment
+from lm.optim import build_optimizer
+from lm.training.checkpoints import restore_params
+from lm.training.state import TrainState, Tree, init_state, state_shardings
+from lm.training.workdir import read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """The parts of a run.
+
+    Attributes:
+      experiment: the resolved config.
+      mesh: over all devices.
+      rules: the sharding table.
+      tokenizer: turns text to ids and back.
+      model: pure functions init, apply, logits.
+      optimizer: pure functions init, update.
+      state: ShapeDtypeStructs of the train state, each with its sharding.
+    """
+
+    experiment: Experiment
+    mesh: Mesh
+    rules: parallel.Rules
+    tokenizer: Any
+    model: Any
+    optimizer: optax.GradientTransformation
+    state: TrainState
+
+    @contextlib.contextmanager
+    def placed(self) -> Iterator[None]:
+        """Puts the mesh and the rules in force; everything that traces the model runs inside."""
+        with parallel.use(self.mesh, self.rules):
+            yield
+
+    def place(self, batch: Batch) -> Batch:
+        """Moves this process's rows to its devices; the result is the global batch."""
+
+        def to_devices(x: Any) -> jax.Array:
+            axes = ("batch", "length")[: x.ndim]
+            sharding = NamedSharding(self.mesh, parallel.spec(axes, self.rules.activations))
+            return jax.make_array_from_process_local_data(sharding, x)
+
+        return jax.tree.map(to_devices, batch)
+
+    def init(self) -> TrainState:
+        """Makes the first state of the run, each array on its devices from the start."""
+        with self.placed():
+            make = jax.jit(
+                lambda seed: init_state(self.model, self.optimizer, seed, self.experiment.optimizer.average),
+                out_shardings=jax.tree.map(lambda s: s.sharding, self.state),
+            )
+            return make(jnp.asarray(self.experiment.seed, jnp.int32))
+
+
+def use_compilation_cache(directory: str | None) -> None:
+    """Turns on jax's persistent compilation cache."""
+    if directory is None:
+        return
+    path = os.path.expanduser(directory)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"compilation_cache: cannot write to {path}: {error.strerror}") from error
+    jax.config.update("jax_compilation_cache_dir", path)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_vocabulary(experiment: Experiment, tokenizer: Any) -> None:
+    """Compares what the tokenizer has with what the model and the objective need.
+
+    Raises:
+      ConfigError: more ids than the model has, or special tokens that the objective lacks.
+    """
+    found = list(experiment.objective.problems(tokenizer.specials, experiment.data.lengths))
+    if tokenizer.size > experiment.model.vocab_size:
+        found.append(
+            f"model.vocab_size {experiment.model.vocab_size} is smaller than the tokenizer's {tokenizer.size} ids; "
+            f"use --config.model.vocab_size={tokenizer.size} or more"
+        )
+    if found:
+        raise ConfigError("\n".join(f"config: {line}" for line in found))
+
+
+def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
+    """Builds the parts of a run; allocates nothing on the devices.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, or the tokenizer does not fit the model.
+    """
+    check_vocabulary(experiment, tokenizer)
+    try:
+        mesh = parallel.build_mesh(experiment.mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+    if experiment.batch_size // experiment.num_microbatches % shards:
+        raise ConfigError(
+            f"config: batch_size {experiment.batch_size} in {experiment.num_microbatches} microbatches does not divide "
+            f"over data x fsdp x expert = {shards} devices; "
+            f"make it a multiple of {shards * experiment.num_microbatches}"
+        )
+    rules = parallel.DEFAULT_RULES
+    model = experiment.model.build()
+    with parallel.shapes_only():
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        optimizer = build_optimizer(experiment.optimizer, experiment.num_steps, params, model.axes())
+        shapes = jax.eval_shape(
+            lambda seed: init_state(model, optimizer, seed, experiment.optimizer.average), jnp.zeros((), jnp.int32)
+        )
+    shardings = state_shardings(model, shapes, mesh, rules)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    return Assembly(experiment, mesh, rules, tokenizer, model, optimizer, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained run, ready to be used.
+
+    Attributes:
+      assembly: its parts.
+      params: its parameters; the averaged ones if it keeps an average.
+      step: number of updates done.
+      workdir: where it lies.
+    """
+
+    assembly: Assembly
+    params: Tree
+    step: int
+    workdir: pathlib.Path
+
+    @property
+    def experiment(self) -> Experiment:
+        """The resolved config."""
+        return self.assembly.experiment
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer stored with the run."""
+        return self.assembly.tokenizer
+
+    @property
+    def model(self) -> Any:
+        """The model's pure functions."""
+        return self.assembly.model
+
+
+def load_run(workdir: str, step: int | None = None, experiment: Experiment | None = None) -> Run:
+    """Loads a run from its folder: config, tokenizer and parameters.
+
+    Args:
+      workdir: of the run.
+      step: which checkpoint; None is the newest that can be read.
+      experiment: a config to use instead of the saved one (same model), for instance another mesh.
+
+    Raises:
+      ConfigError: not the folder of a run. CheckpointError: no checkpoint that fits.
+    """
+    path = pathlib.Path(workdir).expanduser()
+    experiment = read_config(path) if experiment is None else experiment
+    use_compilation_cache(experiment.compilation_cache)
+    tokenizer = load_tokenizer(experiment.data.tokenizer, None, path / "tokenizer")
+    assembly = assemble(experiment, tokenizer)
+    step, params = restore_params(path, assembly.state.params, step)
+    return Run(assembly, params, step, path)

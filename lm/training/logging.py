@@ -1,0 +1,129 @@
+"""What a run writes down: metrics.jsonl, TensorBoard event files, and the line on the terminal.
+
+Knows no model and no device. Law: metrics.jsonl is the history of one run; lines of steps that a
+resumed run does again are taken back first, so the file equals that of an unbroken run but for times.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, TextIO
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tqdm import tqdm
+
+from lm.experiment import LoggingConfig
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a whole file or nothing: to a temporary name, then renamed."""
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a metrics.jsonl; a last line cut short by a kill is passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                if line.endswith("\n"):
+                    raise
+
+
+class MetricsWriter:
+    """Appends figures to metrics.jsonl and to a TensorBoard event file."""
+
+    def __init__(self, workdir: pathlib.Path, config: LoggingConfig, first_step: int) -> None:
+        """Opens both files.
+
+        Args:
+          workdir: of the run.
+          config: whether to write event files.
+          first_step: number of updates done; later lines of an interrupted run are taken back.
+        """
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= first_step]
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._events = EventFileWriter(str(workdir / "tensorboard")) if config.tensorboard else None
+        if self._events is not None and first_step:
+            # Tells TensorBoard to forget what an interrupted run logged after this step.
+            self._events.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=_restarted()))
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Writes one line; figures that are not finite are written as strings, so that the file stays JSON."""
+        shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **shown}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            scalars = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
+            self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
+
+    def close(self) -> None:
+        """Flushes and closes both files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _restarted() -> Any:
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+
+    return SessionLog(status=SessionLog.START)
+
+
+class Progress:
+    """The terminal's view of a run: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, config: LoggingConfig, first_step: int, num_steps: int) -> None:
+        """Starts at `first_step` of `num_steps`."""
+        wanted = config.progress
+        if wanted == "auto":
+            wanted = "bar" if sys.stderr.isatty() else "lines"
+        self._lines = wanted == "lines"
+        self._num_steps = num_steps
+        self._started, self._first, self._shown = time.monotonic(), first_step, 0.0
+        self._bar = None
+        if wanted == "bar":
+            self._bar = tqdm(initial=first_step, total=num_steps, unit="step", dynamic_ncols=True, desc="train")
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Shows that `step` updates are done."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if self._lines and (now - self._shown > 5 or step == self._num_steps):
+            self._shown = now
+            left = (now - self._started) / max(step - self._first, 1) * (self._num_steps - step)
+            print(
+                f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+                f"{time.strftime('%H:%M:%S', time.gmtime(left))} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """Prints a line without disturbing the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,113 @@
+"""Token losses: cross-entropy with label smoothing and z-loss, whole or in chunks of the length.
+
+Knows no objective, no architecture and no mesh. Law: every loss is a pair (sum, weight), so that
+microbatches, devices and chunks add up and are divided once.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.batch import WeightedSum
+from lm.experiment import LossConfig
+
+
+class TokenLosses(NamedTuple):
+    """Sums over positions, each f32[].
+
+    Attributes:
+      loss: what is minimised, sum of weight * (nll + smoothing and z terms).
+      nll: sum of weight * negative log-likelihood in nats, without smoothing and z-loss.
+      correct: sum of weight where the most likely token is the target.
+      weight: sum of the weights.
+    """
+
+    loss: jax.Array
+    nll: jax.Array
+    correct: jax.Array
+    weight: jax.Array
+
+    def mean_loss(self) -> WeightedSum:
+        """The minimised loss as a pair."""
+        return WeightedSum(self.loss, self.weight)
+
+
+def cross_entropy(
+    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: LossConfig
+) -> TokenLosses:
+    """Sums the loss of `targets` under `logits` in float32.
+
+    nll = logZ - z_target; label smoothing puts 1 - e on the target and e / (V - 1) on each other
+    token and subtracts the constant entropy of that distribution, so that a perfect prediction costs
+    0 (T5X); z-loss adds c * logZ^2 (PaLM, section 5).
+
+    Args:
+      logits_BTV: f32 or bf16 [B, T, V].
+      targets_BT: i32[B, T], ids below V.
+      weights_BT: f32[B, T].
+      config: smoothing and z-loss.
+    """
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    size = logits_BTV.shape[-1]
+    normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    # A one-hot product instead of a gather: it keeps a sharded vocabulary sharded.
+    hit_BTV = targets_BT[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+    target_logit_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
+    nll_BT = normalizer_BT - target_logit_BT
+    loss_BT = nll_BT
+    if config.label_smoothing:
+        low = config.label_smoothing / (size - 1)
+        high = 1.0 - config.label_smoothing
+        others_BT = size * normalizer_BT - jnp.sum(logits_BTV, axis=-1) - nll_BT
+        entropy = -(high * jnp.log(high) + (size - 1) * low * jnp.log(low + 1e-20))
+        loss_BT = high * nll_BT + low * others_BT - entropy
+    if config.z_loss:
+        loss_BT = loss_BT + config.z_loss * jnp.square(normalizer_BT)
+    correct_BT = target_logit_BT >= jnp.max(logits_BTV, axis=-1)
+    return TokenLosses(
+        loss=jnp.sum(loss_BT * weights_BT),
+        nll=jnp.sum(nll_BT * weights_BT),
+        correct=jnp.sum(correct_BT * weights_BT),
+        weight=jnp.sum(weights_BT),
+    )
+
+
+def chunked_cross_entropy(
+    logits_of: Callable[[jax.Array], jax.Array],
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    config: LossConfig,
+) -> TokenLosses:
+    """Sums the loss without ever holding the logits of more than `config.chunk` positions per row.
+
+    The logits of a chunk are computed, reduced and thrown away, and computed again for the gradient.
+
+    Args:
+      logits_of: maps hidden [B, t, D] to logits [B, t, V]; closes over the parameters.
+      hidden_BTD: the last hidden states.
+      targets_BT: i32[B, T].
+      weights_BT: f32[B, T].
+      config: its `chunk` may be None: everything at once.
+    """
+    length = hidden_BTD.shape[1]
+    chunk = config.chunk
+    if chunk is None or chunk >= length:
+        return cross_entropy(logits_of(hidden_BTD), targets_BT, weights_BT, config)
+    padding = -length % chunk
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def body(total: TokenLosses, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[TokenLosses, None]:
+        hidden_BtD, targets_Bt, weights_Bt = piece
+        part = cross_entropy(logits_of(hidden_BtD), targets_Bt, weights_Bt, config)
+        return jax.tree.map(jnp.add, total, part), None
+
+    zero = TokenLosses(*(jnp.zeros((), jnp.float32),) * 4)
+    total, _ = jax.lax.scan(body, zero, (split(hidden_BTD), split(targets_BT), split(weights_BT)))
+    return total

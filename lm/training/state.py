@@ -1,0 +1,83 @@
+"""The state of a run on the devices: step, parameters, optimizer state, parameter average, key.
+
+Knows no objective and no loop. Law: the state and the batches that follow determine everything; two
+runs with equal state and batches stay equal bit for bit.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm import parallel
+from lm.optim import state_axes
+
+Tree = Any  # a nested dict of arrays, of shapes, of axes or of shardings
+
+
+class TrainState(NamedTuple):
+    """What a train step reads and returns.
+
+    Attributes:
+      step: i32[], number of updates done.
+      params: the model's parameters, float32.
+      opt_state: the optimizer's state.
+      average: exponential moving average of the parameters, or None.
+      key: typed PRNG key of the run; folded with the step, never split.
+    """
+
+    step: jax.Array
+    params: Tree
+    opt_state: Tree
+    average: Tree
+    key: jax.Array
+
+
+def init_state(model: Any, optimizer: optax.GradientTransformation, seed: jax.Array, average: Any) -> TrainState:
+    """Makes the state before the first update; a pure function, to be jitted with `state_shardings`.
+
+    Args:
+      model: a built model.
+      optimizer: a built optimizer.
+      seed: i32[], the run's seed.
+      average: the `lm.optim.Average` to keep, or None.
+    """
+    key = jax.random.key(seed)
+    params = model.init(jax.random.fold_in(key, 0))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        average=None if average is None else average.init(params),
+        key=jax.random.fold_in(key, 1),
+    )
+
+
+def shardings_of(arrays: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) -> Tree:
+    """Returns a NamedSharding for each leaf of `arrays` from its tuple of logical axis names in `axes`."""
+    # Walk the arrays first: axes are tuples, and so are the containers of an optimizer's state.
+    return jax.tree.map(lambda _, names: NamedSharding(mesh, parallel.spec(names, rules.parameters)), arrays, axes)
+
+
+def state_shardings(model: Any, shapes: TrainState, mesh: Mesh, rules: parallel.Rules) -> TrainState:
+    """Returns the NamedSharding of every leaf of the state, optimizer state like the parameters.
+
+    Args:
+      model: gives the logical axes of its parameters.
+      shapes: the state's shapes, from `jax.eval_shape` of `init_state`.
+      mesh: where the state will live.
+      rules: the sharding table.
+    """
+    axes = model.axes()
+    whole = NamedSharding(mesh, PartitionSpec())
+    params = shardings_of(shapes.params, axes, mesh, rules)
+    opt_axes = state_axes(shapes.opt_state, shapes.params, axes)
+    return TrainState(
+        step=whole,
+        params=params,
+        opt_state=shardings_of(shapes.opt_state, opt_axes, mesh, rules),
+        average=None if shapes.average is None else params,
+        key=whole,
+    )

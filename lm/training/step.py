@@ -1,0 +1,182 @@
+"""One train step: a pure function of (state, batch), the same for every model, objective and mesh.
+
+Knows none of the three. Laws: the gradient of M microbatches is the gradient of the one batch, because
+every sum is divided once by the weight of the whole batch; an update that is not finite changes
+nothing but the step counter.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm.batch import Batch, WeightedSum
+from lm.experiment import Experiment, LossConfig
+from lm.training.losses import TokenLosses, chunked_cross_entropy
+from lm.training.state import TrainState, Tree
+
+Metrics = dict[str, jax.Array]
+Sums = tuple[TokenLosses, dict[str, WeightedSum], dict[str, WeightedSum]]
+
+
+def compute_sums(model: Any, params: Tree, batch: Batch, key: jax.Array | None, config: LossConfig) -> Sums:
+    """Runs the model on a batch and returns the token losses, the model's own losses and its metrics.
+
+    Args:
+      model: a built model.
+      params: its parameters.
+      batch: [B, T] arrays.
+      key: for dropout; None is deterministic.
+      config: what is minimised.
+    """
+    output = model.apply(params, batch, key=key, with_logits=False)
+    tokens = chunked_cross_entropy(
+        lambda hidden_BTD: model.logits(params, hidden_BTD), output.hidden, batch.targets, batch.weights, config
+    )
+    return tokens, output.losses, output.metrics
+
+
+def _mean(pair: WeightedSum) -> jax.Array:
+    return pair.sum / jnp.maximum(pair.weight, 1e-9)
+
+
+def split_microbatches(batch: Batch, num: int) -> Batch:
+    """Returns [num, B / num, ...] arrays; row r goes to microbatch r % num, so no row changes device."""
+
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(x.shape[0] // num, num, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def gradients(model: Any, params: Tree, batch: Batch, key: jax.Array, config: Experiment) -> tuple[Tree, Sums]:
+    """Returns the gradient of the batch's mean loss, and the sums behind it.
+
+    Microbatches run one after another; each one's token loss is divided by the weight of the whole
+    batch, each one's other losses are averaged over microbatches.
+    """
+    num = config.num_microbatches
+    total_weight = jnp.maximum(jnp.sum(batch.weights), 1e-9)
+
+    def loss(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
+        sums = compute_sums(model, params, batch, key, config.loss)
+        tokens, losses, _ = sums
+        value = tokens.loss / total_weight
+        for pair in losses.values():
+            value = value + _mean(pair) / num
+        return value, sums
+
+    grad = jax.grad(loss, has_aux=True)
+    if num == 1:
+        return grad(params, batch, key)
+    pieces = split_microbatches(batch, num)
+
+    def body(total: Any, piece: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        part = grad(params, piece[0], jax.random.fold_in(key, piece[1]))
+        return jax.tree.map(jnp.add, total, part), None
+
+    first = jax.tree.map(lambda x: x[0], pieces)
+    shapes = jax.eval_shape(grad, params, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(body, zeros, (pieces, jnp.arange(num)))
+    return total
+
+
+def batch_counts(batch: Batch, token_bytes: jax.Array) -> Metrics:
+    """Counts, as f32[]: tokens read (encoder's too), loss tokens, and UTF-8 bytes those stand for."""
+    seen = jnp.sum(batch.segment_ids != 0)
+    if batch.encoder_segment_ids is not None:
+        seen = seen + jnp.sum(batch.encoder_segment_ids != 0)
+    counted = batch.weights > 0
+    return {
+        "seen_tokens": seen.astype(jnp.float32),
+        "loss_tokens": jnp.sum(counted).astype(jnp.float32),
+        "loss_bytes": jnp.sum(jnp.where(counted, token_bytes[batch.targets], 0)).astype(jnp.float32),
+    }
+
+
+def describe(sums: Sums, counts: Metrics) -> Metrics:
+    """Turns sums into the means that are logged: loss and nll in nats a token, bits a byte, accuracy."""
+    tokens, losses, extra = sums
+    weight = jnp.maximum(tokens.weight, 1e-9)
+    nll = tokens.nll / weight
+    # Weights other than 0 and 1 cancel: nats per token times tokens per byte.
+    bits = nll * counts["loss_tokens"] / jnp.maximum(counts["loss_bytes"], 1.0) / np.log(2.0)
+    found = {"loss": tokens.loss / weight, "nll": nll, "bits_per_byte": bits, "accuracy": tokens.correct / weight}
+    found |= {f"loss/{name}": _mean(pair) for name, pair in losses.items()}
+    found |= {name: _mean(pair) for name, pair in extra.items()}
+    return found | counts
+
+
+def make_train_step(
+    config: Experiment, model: Any, optimizer: optax.GradientTransformation, token_bytes: np.ndarray
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the pure train step; jit it with the state donated.
+
+    The metrics are f32[] scalars: those of `describe`, gradient_norm, parameter_norm, learning_rate,
+    and skipped (1 where the loss or the gradient was not finite and the update was left out).
+
+    Args:
+      config: the run.
+      model: a built model.
+      optimizer: a built optimizer.
+      token_bytes: i32[V], UTF-8 bytes of each token.
+    """
+    learning_rate_at = config.optimizer.learning_rate_at(config.num_steps)
+    averaging = config.optimizer.average
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, sums = gradients(model, state.params, batch, key, config)
+        norm = optax.tree.norm(grads)
+        metrics = describe(sums, batch_counts(batch, jnp.asarray(token_bytes)))
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = None if averaging is None else averaging.update(state.average, params, state.step)
+
+        def keep(new: Tree, old: Tree) -> Tree:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            average=keep(average, state.average),
+            key=state.key,
+        )
+        metrics |= {
+            "gradient_norm": norm,
+            "parameter_norm": optax.tree.norm(state.params),
+            "learning_rate": jnp.asarray(learning_rate_at(state.step), jnp.float32),
+            "skipped": 1.0 - finite.astype(jnp.float32),
+        }
+        return new, metrics
+
+    return step
+
+
+def make_evaluation_step(
+    config: LossConfig, model: Any, token_bytes: np.ndarray
+) -> Callable[[Tree, Batch], tuple[Sums, Metrics]]:
+    """Returns a pure function (params, batch) -> (sums, counts), without dropout or smoothing.
+
+    The counts are those of `batch_counts` and `targets`: i32[V], how often each id was a target.
+
+    Args:
+      config: gives the chunk; the loss measured is the plain negative log-likelihood.
+      model: a built model.
+      token_bytes: i32[V], UTF-8 bytes of each token.
+    """
+    plain = LossConfig(chunk=config.chunk)
+
+    def step(params: Tree, batch: Batch) -> tuple[Sums, Metrics]:
+        sums = compute_sums(model, params, batch, None, plain)
+        counted = (batch.weights > 0).astype(jnp.int32)
+        histogram = jnp.zeros(len(token_bytes), jnp.int32).at[batch.targets].add(counted)
+        return sums, batch_counts(batch, jnp.asarray(token_bytes)) | {"targets": histogram}
+
+    return step

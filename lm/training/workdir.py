@@ -1,0 +1,160 @@
+"""The folder of a run: its config, its lock, its record. One run at a time, one config a folder.
+
+Law: a folder that holds another config is never written to without being told to; the record says
+enough to repeat the run (config, versions, commit, mesh, data).
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lm import config as configs
+from lm.config import ConfigError, UserError
+from lm.experiment import Experiment
+from lm.training.logging import write_atomically
+
+PACKAGES = ("lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
+
+
+class WorkdirError(UserError):
+    """The folder of a run cannot be used."""
+
+
+def open_workdir(path: str, experiment: Experiment, *, force_config: bool) -> pathlib.Path:
+    """Creates or reopens the folder of a run and saves the resolved config in it.
+
+    Args:
+      path: the folder.
+      experiment: the resolved config.
+      force_config: go on although the folder holds another config (which is kept as config.json.N).
+
+    Raises:
+      WorkdirError: it cannot be written to.
+      ConfigError: it holds another config; the message shows the differences.
+    """
+    workdir = pathlib.Path(path).expanduser().absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".probe.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise WorkdirError(f"--workdir: cannot write to {workdir}: {error.strerror or error}") from error
+    if jax.process_index() != 0:
+        return workdir
+    file = workdir / "config.json"
+    new = configs.to_json(experiment)
+    if file.exists():
+        try:
+            old = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file} is not a saved config ({error}); move it away to start anew") from error
+        changes = configs.differences(old, new)
+        if changes and not force_config:
+            listed = "\n  ".join(changes)
+            raise ConfigError(
+                f"{workdir} holds a run with another config:\n  {listed}\n"
+                "Use another --workdir, or --force_config to go on in this one with the new config."
+            )
+        if changes:
+            number = 1
+            while (workdir / f"config.json.{number}").exists():
+                number += 1
+            file.rename(workdir / f"config.json.{number}")
+    write_atomically(file, json.dumps(new, indent=2) + "\n")
+    return workdir
+
+
+def read_config(workdir: pathlib.Path) -> Experiment:
+    """Returns the config saved in a run's folder.
+
+    Raises:
+      ConfigError: there is none, or it cannot be read.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{workdir} is not the folder of a run: it has no config.json")
+    return configs.from_json(Experiment, configs.load(str(file)))
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+      WorkdirError: another live process is training in this folder.
+    """
+    with (workdir / f"lock.{jax.process_index()}").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            raise WorkdirError(
+                f"{workdir} is in use by process {holder}; wait for it or choose another --workdir"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _git_commit() -> str | None:
+    root = pathlib.Path(__file__).parent.parent.parent
+    try:
+        run = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(run, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_record(workdir: pathlib.Path, experiment: Experiment, mesh: Mesh, facts: dict[str, Any]) -> None:
+    """Adds this start to run.json: resolved config, versions, commit, mesh, devices, data, start step.
+
+    Args:
+      workdir: of the run.
+      experiment: the resolved config.
+      mesh: in use.
+      facts: what only the loop knows (data fingerprint, number of parameters, step resumed from).
+    """
+    if jax.process_index() != 0:
+        return
+    file = workdir / "run.json"
+    starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+    devices = list(mesh.devices.flat)
+    starts.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "argv": sys.argv,
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "git_commit": _git_commit(),
+            "host": platform.node(),
+            "platform": platform.platform(),
+            "devices": {"kind": devices[0].device_kind, "number": len(devices), "processes": jax.process_count()},
+            "mesh": {name: int(size) for name, size in mesh.shape.items()},
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            **facts,
+        }
+    )
+    record = {"config": configs.to_json(experiment), "starts": starts}
+    write_atomically(file, json.dumps(record, indent=2) + "\n")
