@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing
+from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special
 from lm.objectives.noise import place_spans
 from lm.objectives.sentences import split_sentences
 from lm.objectives.text_to_text import TextToText, join
@@ -76,15 +76,16 @@ class BART:
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each segment of the document."""
         rng = context.rng(CORRUPTION)
-        lengths, vocabulary, specials = context.lengths, context.vocabulary, context.vocabulary.specials
+        lengths, vocabulary = context.lengths, context.vocabulary
+        bos, eos = special(vocabulary.specials, "bos"), special(vocabulary.specials, "eos")
         examples = []
         for tokens in cut(document.tokens, self.segment_length(lengths)):
             noised = self.permute(tokens, vocabulary, rng)
             noised = self.infill(noised, vocabulary, rng)
             if rng.random() < self.rotate_rate and len(noised):
                 noised = np.roll(noised, -rng.integers(len(noised)))
-            source, target = ([specials.bos, *part, specials.eos] for part in (noised, tokens))
-            examples.append(join(np.array(source), np.array(target), specials.eos, lengths, self.prefix))
+            source, target = ([bos, *part, eos] for part in (noised, tokens))
+            examples.append(join(np.array(source), np.array(target), eos, lengths, self.prefix))
         return examples
 
     def segment_length(self, lengths: Lengths) -> int:
@@ -141,7 +142,7 @@ class BART:
         """Returns i64[count] masks, `random_rate` of them random tokens of text."""
         text_ids = np.flatnonzero(vocabulary.token_bytes > 0)
         is_random = rng.random(count) < self.random_rate
-        return np.where(is_random, rng.choice(text_ids, count), vocabulary.specials.mask)
+        return np.where(is_random, rng.choice(text_ids, count), special(vocabulary.specials, "mask"))
 
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         """Returns what cannot work in these settings."""

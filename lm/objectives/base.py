@@ -57,18 +57,9 @@ def cut(tokens: np.ndarray, limit: int, minimum: int = 1) -> list[np.ndarray]:
     """
     if limit < 2 * minimum - 1:
         raise ValueError(f"pieces of at most {limit} tokens cannot always have {minimum}: raise the lengths")
-<<<<<<< HEAD
     pieces = []
     while len(tokens) >= minimum:
         size = take(limit, len(tokens), minimum)
         pieces.append(tokens[:size])
         tokens = tokens[size:]
     return pieces
-=======
-    if len(tokens) < minimum:
-        return []
-    bounds = [*range(0, len(tokens), limit), len(tokens)]
-    if len(bounds) > 2 and bounds[-1] - bounds[-2] < minimum:
-        bounds[-2] = bounds[-1] - minimum
-    return [tokens[start:end] for start, end in itertools.pairwise(bounds)]
->>>>>>> main

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing
+from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special
 
 # The tokens that a transformed piece has beside its text: prefix, suffix and middle marks, and eos.
 MARKS = 4
@@ -59,22 +59,24 @@ class FillInTheMiddle:
     def transform_document(self, tokens: np.ndarray, context: Context, rng: np.random.Generator) -> list[Example]:
         """Returns the rows of the document, transformed or not as a whole."""
         specials = context.vocabulary.specials
-        stream = np.append(tokens, specials.eos)
+        bos, eos = special(specials, "bos"), special(specials, "eos")
+        stream = np.append(tokens, eos)
         if rng.random() < self.rate:
             stream = self.rearrange(tokens, self.draw(rng), context.vocabulary)
-        inputs = cut(np.concatenate([[specials.bos], stream[:-1]]), context.lengths.tokens)
+        inputs = cut(np.concatenate([[bos], stream[:-1]]), context.lengths.tokens)
         targets = cut(stream, context.lengths.tokens)
         return [self.example(i, t, specials) for i, t in zip(inputs, targets, strict=True)]
 
     def transform_pieces(self, tokens: np.ndarray, context: Context, rng: np.random.Generator) -> list[Example]:
         """Returns the rows of the document, each a piece of it, transformed or not."""
         vocabulary, specials, limit = context.vocabulary, context.vocabulary.specials, context.lengths.tokens
-        plain = np.concatenate([[specials.bos], tokens, [specials.eos]])
+        bos, eos = special(specials, "bos"), special(specials, "eos")
+        plain = np.concatenate([[bos], tokens, [eos]])
         examples, start = [], 0
         while start <= len(tokens):
             if start < len(tokens) and rng.random() < self.rate:
                 size, stream = self.fit(tokens[start:], self.draw(rng), limit, vocabulary)
-                inputs = np.concatenate([[specials.bos], stream[:-1]])
+                inputs = np.concatenate([[bos], stream[:-1]])
                 start += size + (start + size == len(tokens))  # A transformed piece has its own eos.
             else:
                 size = find_cut(plain[start + 1 :], limit, vocabulary)
@@ -115,9 +117,9 @@ class FillInTheMiddle:
         specials = vocabulary.specials
         pre, suf, mid = specials.fim
         if draw[2] < self.spm_rate:
-            parts = [[pre, suf], suffix, [mid], prefix, middle, [specials.eos]]
+            parts = [[pre, suf], suffix, [mid], prefix, middle, [special(specials, "eos")]]
         else:
-            parts = [[pre], prefix, [suf], suffix, [mid], middle, [specials.eos]]
+            parts = [[pre], prefix, [suf], suffix, [mid], middle, [special(specials, "eos")]]
         return np.concatenate(parts).astype(np.int32)
 
     def example(self, inputs: np.ndarray, targets: np.ndarray, specials: SpecialTokens) -> Example:

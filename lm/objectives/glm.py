@@ -16,7 +16,7 @@ import dataclasses
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, find_missing, take
+from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, find_missing, special, take
 from lm.objectives.noise import find_runs, place_spans
 from lm.objectives.sentences import split_sentences
 
@@ -124,15 +124,18 @@ def arrange_blanks(
     visible = np.ones(len(tokens), bool)
     part_a = tokens.copy()
     for start, end in blanks:
-        part_a[start] = specials.mask
+        part_a[start] = special(specials, "mask")
         visible[start + 1 : end] = False
     part_a = part_a[visible]
-    filled = [tokens[slice(*blanks[k])] for k in order]
-    inputs = [part_a, *(part for span in filled for part in ([specials.sop], span))]
-    targets = [np.full(len(part_a), specials.pad), *(part for span in filled for part in (span, [specials.eop]))]
+    filled = [tokens[slice(*blanks[k])] for k in order.tolist()]
+    inputs = [part_a, *(part for span in filled for part in ([special(specials, "sop")], span))]
+    targets = [
+        np.full(len(part_a), specials.pad),
+        *(part for span in filled for part in (span, [special(specials, "eop")])),
+    ]
     length = len(part_a) + int(sizes.sum()) + len(sizes)
     in_text = np.arange(length) < len(part_a)
-    steps = [np.arange(1, sizes[k] + 2) for k in order]
+    steps = [np.arange(1, int(sizes[k]) + 2) for k in order.tolist()]
     return Example(
         inputs=np.concatenate(inputs).astype(np.int32),
         targets=np.concatenate(targets).astype(np.int32),

@@ -16,14 +16,14 @@ from typing import Literal
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, find_missing
+from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, find_missing, special
 from lm.objectives.masking import NGrams, Replacement, Tokens
-from lm.objectives.pairs import NextSentence, Sequence, SentenceOrder, SingleText
+from lm.objectives.pairs import NextSentence, SentenceOrder, Sequence, SingleText
 
 
 def find_text(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """Returns bool[T], false at the special tokens that an encoder's sequence was put together with."""
-    return ~np.isin(tokens, [vocabulary.specials.cls, vocabulary.specials.sep])
+    return ~np.isin(tokens, [special(vocabulary.specials, "cls"), special(vocabulary.specials, "sep")])
 
 
 def make_encoder_example(sequence: Sequence, shown: np.ndarray, chosen: np.ndarray) -> Example:

@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import Context, Traits, Vocabulary
+from lm.objectives.base import Context, Traits, Vocabulary, special
 from lm.objectives.noise import SpanNoise, TokenNoise
 from lm.objectives.text_to_text import Sizes, TextToText, find_problems, make_examples
 
@@ -48,7 +48,7 @@ class MaskedToText:
         mask = self.noise.sample(len(tokens), rng)
         text_ids = np.flatnonzero(vocabulary.token_bytes > 0)
         replaced = np.where(rng.random(len(tokens)) < self.random_rate, rng.choice(text_ids, len(tokens)), -1)
-        replaced = np.where(replaced >= 0, replaced, vocabulary.specials.mask)
+        replaced = np.where(replaced >= 0, replaced, special(vocabulary.specials, "mask"))
         return np.where(mask, replaced, tokens), tokens
 
     def examples(self, document: Document, context: Context) -> list[Example]:

@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from lm.objectives.base import Vocabulary
+from lm.objectives.base import Vocabulary, special
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ class Replacement:
         pool = np.arange(vocabulary.size) if self.random_specials else np.flatnonzero(vocabulary.token_bytes > 0)
         draw = rng.random(len(tokens))
         noise = rng.choice(pool, len(tokens))
-        shown = np.where(draw < self.mask_rate, vocabulary.specials.mask, tokens)
+        shown = np.where(draw < self.mask_rate, special(vocabulary.specials, "mask"), tokens)
         shown = np.where((draw >= self.mask_rate) & (draw < self.mask_rate + self.random_rate), noise, shown)
         return np.where(chosen, shown, tokens).astype(np.int32)
 

@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary
+from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, special
 from lm.objectives.text_to_text import Sizes, TextToText, cut_segments, find_problems, join, plan_segment
 
 
@@ -56,12 +56,14 @@ class MASS:
         """Returns the source, and bool[N], true in the fragment: 20 % at the start, 20 % at the end, else anywhere."""
         size = self.fragment_length(len(tokens))
         last = len(tokens) - size
-        start = int(rng.choice([0, last, rng.integers(last + 1)], p=[0.2, 0.2, 0.6]))
+        start = int(rng.choice(np.array([0, last, rng.integers(last + 1)]), p=[0.2, 0.2, 0.6]))
         places = np.arange(len(tokens))
         mask = (places >= start) & (places < start + size)
         text_ids = np.flatnonzero(vocabulary.token_bytes > 0)
         draw = rng.random(len(tokens))
-        shown = np.where(draw < self.random_rate, rng.choice(text_ids, len(tokens)), vocabulary.specials.mask)
+        shown = np.where(
+            draw < self.random_rate, rng.choice(text_ids, len(tokens)), special(vocabulary.specials, "mask")
+        )
         shown = np.where(draw >= 1 - self.keep_rate, tokens, shown)
         return np.where(mask, shown, tokens), mask
 
@@ -74,14 +76,15 @@ class MASS:
     def example(self, tokens: np.ndarray, context: Context, rng: np.random.Generator) -> Example:
         """Returns the example of one segment."""
         specials, lengths = context.vocabulary.specials, context.lengths
+        bos = special(specials, "bos")
         source, mask = self.corrupt(tokens, context.vocabulary, rng)
         if self.format.source_eos:
-            source = np.append(source, specials.eos)
-        example = join(source, tokens[mask], specials.bos, lengths, self.format.prefix)
+            source = np.append(source, special(specials, "eos"))
+        example = join(source, tokens[mask], bos, lengths, self.format.prefix)
         if lengths.encoder is None:
             return example
         positions = np.flatnonzero(mask).astype(np.int32)
-        inputs = np.concatenate([[specials.bos], tokens[:-1]])[positions].astype(np.int32)
+        inputs = np.concatenate([[bos], tokens[:-1]])[positions].astype(np.int32)
         return dataclasses.replace(example, inputs=inputs, positions=positions)
 
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:

@@ -106,5 +106,6 @@ def complete(example: Example, first_id: int, fields: frozenset[str]) -> Example
     """Returns the example with its component ids counted from `first_id`, and zeros for the `fields` that it lacks."""
     length = len(example.inputs)
     missing = {name: np.zeros(length, DTYPES[name]) for name in fields if getattr(example, name) is None}
-    example = dataclasses.replace(example, **missing)
-    return dataclasses.replace(example, components=example.components + np.int32(first_id))
+    inner = np.zeros(length, np.int32) if example.components is None else example.components
+    missing["components"] = inner + np.int32(first_id)
+    return dataclasses.replace(example, **missing)

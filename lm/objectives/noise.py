@@ -100,8 +100,10 @@ class SpanNoise:
             starts = place_spans(lengths, length, 1, rng)
         else:
             starts = np.cumsum(split_randomly(kept, spans, rng)) + np.cumsum(lengths) - lengths
-        places = np.arange(length)[:, None]
-        return ((places >= starts) & (places < starts + lengths)).any(axis=1)
+        mask = np.zeros(length, bool)
+        for start, size in zip(starts, lengths, strict=True):
+            mask[start : start + size] = True
+        return mask
 
     def problems(self) -> list[str]:
         """Returns what cannot work in these settings."""
@@ -173,7 +175,7 @@ class SuffixNoise:
         if length < 2:
             return np.zeros(length, bool)
         shortest, longest = self.prefix_range(length)
-        return np.arange(length) >= rng.integers(shortest, longest + 1)
+        return np.arange(length) >= int(rng.integers(shortest, longest + 1))
 
     def problems(self) -> list[str]:
         """Returns what cannot work in these settings."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.batch import Document, Lengths, SpecialTokens
-from lm.objectives.base import Context, Vocabulary, cut
+from lm.objectives.base import Context, Vocabulary, cut, special
 from lm.objectives.sentences import split_sentences
 
 
@@ -34,7 +34,8 @@ class Sequence(NamedTuple):
 
 def join_pair(first: np.ndarray, second: np.ndarray, label: int, specials: SpecialTokens) -> Sequence:
     """Returns CLS first SEP second SEP with its token types and label."""
-    tokens = np.concatenate([[specials.cls], first, [specials.sep], second, [specials.sep]]).astype(np.int32)
+    cls, sep = special(specials, "cls"), special(specials, "sep")
+    tokens = np.concatenate([[cls], first, [sep], second, [sep]]).astype(np.int32)
     return Sequence(tokens, (np.arange(len(tokens)) >= len(first) + 2).astype(np.int32), label)
 
 
@@ -73,9 +74,9 @@ class SingleText:
     def sequences(self, document: Document, context: Context, rng: np.random.Generator) -> list[Sequence]:
         """Returns the document's sequences."""
         del rng  # Nothing is drawn.
-        specials = context.vocabulary.specials
+        cls, sep = special(context.vocabulary.specials, "cls"), special(context.vocabulary.specials, "sep")
         pieces = cut(document.tokens, context.lengths.tokens - 2)
-        return [Sequence(np.concatenate([[specials.cls], p, [specials.sep]]).astype(np.int32)) for p in pieces]
+        return [Sequence(np.concatenate([[cls], p, [sep]]).astype(np.int32)) for p in pieces]
 
     @property
     def num_labels(self) -> int:
@@ -181,7 +182,8 @@ class SentenceOrder:
             middle = int(rng.integers(1, len(chunk)))
             pair = trim_pair(np.concatenate(chunk[:middle]), np.concatenate(chunk[middle:]), limit, rng)
             swapped = bool(rng.random() < self.random_rate)
-            sequences.append(join_pair(*(pair[::-1] if swapped else pair), int(swapped), context.vocabulary.specials))
+            first, second = pair[::-1] if swapped else pair
+            sequences.append(join_pair(first, second, int(swapped), context.vocabulary.specials))
         return sequences
 
     def problems(self, lengths: Lengths) -> list[str]:

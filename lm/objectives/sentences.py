@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.objectives.base import Vocabulary
 
-TERMINATORS = (".", "!", "?", "。", "!", "?", "\n")  # noqa: RUF001  (full-width forms end sentences too)
+TERMINATORS = (".", "!", "?", "。", "!", "?", "\n")
 
 
 def split_sentences(tokens: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:

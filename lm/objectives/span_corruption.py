@@ -90,6 +90,6 @@ class SpanCorruption:
         if spans + open_end <= len(specials.sentinels):
             return []
         return [
-            f"segments of {length} tokens under {self.noise} need up to {spans + open_end} sentinels, the tokenizer has "
-            f"{len(specials.sentinels)}: add sentinels, raise mean_span_length or shorten the rows"
+            f"segments of {length} tokens under {self.noise} need up to {spans + open_end} sentinels, the tokenizer "
+            f"has {len(specials.sentinels)}: add sentinels, raise mean_span_length or shorten the rows"
         ]

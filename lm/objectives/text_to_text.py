@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing
+from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special
 
 
 class Sizes(NamedTuple):
@@ -50,8 +50,7 @@ class TextToText:
     @property
     def traits(self) -> Traits:
         """Two stacks, or one with or without a bidirectional prefix."""
-        layouts = frozenset({"decoder", "encoder_decoder"})
-        return Traits(layouts=layouts, bidirectional=self.prefix == "bidirectional")
+        return Traits(layouts=frozenset({"decoder", "encoder_decoder"}), bidirectional=self.prefix == "bidirectional")
 
     def fits(self, sizes: Sizes, lengths: Lengths) -> bool:
         """Tells whether a segment of these sizes fits a row, with its eos."""
@@ -62,15 +61,16 @@ class TextToText:
 
     def join(self, source: np.ndarray, target: np.ndarray, specials: SpecialTokens, lengths: Lengths) -> Example:
         """Appends eos and returns the example of a source and a target (seqio's enc-dec and prefix-LM converters)."""
+        bos, eos = special(specials, "bos"), special(specials, "eos")
         if self.source_eos:
-            source = np.append(source, specials.eos)
-        return join(source, np.append(target, specials.eos), specials.bos, lengths, self.prefix)
+            source = np.append(source, eos)
+        return join(source, np.append(target, eos), bos, lengths, self.prefix)
 
 
 def join(
     source: np.ndarray,
     target: np.ndarray,
-    start: int | None,
+    start: int,
     lengths: Lengths,
     prefix: Literal["bidirectional", "causal"],
 ) -> Example:
@@ -93,9 +93,7 @@ def join(
     )
 
 
-def _shift(targets: np.ndarray, start: int | None) -> np.ndarray:
-    if start is None:
-        raise ValueError("the tokenizer has no 'bos' token to start a target with")
+def _shift(targets: np.ndarray, start: int) -> np.ndarray:
     return np.concatenate([[start], targets[:-1]]).astype(np.int32)
 
 
@@ -105,14 +103,17 @@ class Corruption(Protocol):
     @property
     def format(self) -> TextToText:
         """How source and target become an example."""
+        ...
 
     def sizes(self, length: int) -> Sizes:
         """Returns the most tokens that a segment of `length` tokens becomes."""
+        ...
 
     def corrupt(
         self, tokens: np.ndarray, vocabulary: Vocabulary, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the source and the target of a segment of at least two tokens, without eos."""
+        ...
 
 
 @functools.lru_cache(maxsize=1024)
