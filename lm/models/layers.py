@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -123,10 +123,18 @@ class FanInInitializer:
 Role = Literal["matrix", "table", "scale", "bias"]
 
 
+class Rule(Protocol):
+    """Says how a parameter that no gradient moves follows from what was counted in a step."""
+
+    def update(self, value: jax.Array, statistic: jax.Array) -> jax.Array:
+        """Returns the next value, of the same shape; a leading axis of layers is there for both or neither."""
+        ...
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("value",),
-    meta_fields=("axes", "role", "fan_in", "distribution", "input_axes", "active_share"),
+    meta_fields=("axes", "role", "fan_in", "distribution", "input_axes", "active_share", "rule"),
 )
 @dataclasses.dataclass(frozen=True)
 class Parameter(nn.meta.AxisMetadata):
@@ -140,6 +148,8 @@ class Parameter(nn.meta.AxisMetadata):
       fan_in: number of inputs that are summed into one output; 1 for tables, scales and biases.
       input_axes: logical names of the axes that are summed over; empty for tables, scales and biases.
       active_share: share of its elements that one token meets; below 1 for the experts of a mixture.
+      rule: how its value follows from what was counted in a step, for one that no gradient moves (a router's balancing
+        bias); None is left to the optimizer.
     """
 
     value: Any
@@ -149,6 +159,7 @@ class Parameter(nn.meta.AxisMetadata):
     fan_in: int = 1
     input_axes: tuple[str, ...] = ()
     active_share: float = 1.0
+    rule: Rule | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -220,6 +231,9 @@ def _contract_backward(equation: str, dtype: jnp.dtype, saved: Any, gradient: ja
 
 _contract_low.defvjp(_contract_forward, _contract_backward)
 
+# Like `contract`: (equation, x, kernel, dtype of the operands) -> float32.
+Product = Callable[[str, jax.Array, jax.Array, jnp.dtype], jax.Array]
+
 
 class Einsum(nn.Module):
     """A learned linear map named by its equation.
@@ -248,8 +262,8 @@ class Einsum(nn.Module):
     float32_result: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the product, in the compute dtype unless float32_result."""
+    def __call__(self, x: jax.Array, product: Product = contract) -> jax.Array:
+        """Returns the product, in the compute dtype unless float32_result; `product` computes it from the equation."""
         operands, result = self.equation.split("->")
         letters = operands.split(",")[1]
         sizes = {**self.config.sizes, **dict(self.sizes)}
@@ -269,7 +283,7 @@ class Einsum(nn.Module):
                 active_share=self.active_share,
             ),
         )
-        y = contract(self.equation, x, kernel, self.config.compute_dtype)
+        y = product(self.equation, x, kernel, self.config.compute_dtype)
         if self.use_bias:
             outputs = [letter for letter in letters if letter in result]
             shape = tuple(sizes[letter] for letter in outputs)

@@ -35,6 +35,8 @@ class Output(NamedTuple):
         and added to the objective's.
       metrics: what is worth logging.
       cache: the cache with this batch appended, or None.
+      statistics: what layers counted for `Model.after_update`, at the paths of the parameters that it is for; empty for
+        most models. Those of microbatches are to be added.
     """
 
     hidden: jax.Array
@@ -42,11 +44,16 @@ class Output(NamedTuple):
     losses: dict[str, WeightedSum]
     metrics: dict[str, WeightedSum]
     cache: Cache | None
+    statistics: Parameters
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns a key path of the parameter tree as "decoder/stack/layers/...": the name of a parameter."""
     return "/".join(str(entry.key) for entry in path)
+
+
+def _flat(parameters: Any) -> list[tuple[tuple[Any, ...], Parameter]]:
+    return jax.tree_util.tree_leaves_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))
 
 
 @functools.lru_cache(maxsize=64)
@@ -118,20 +125,52 @@ class Model:
         context = Context(side, side, key=key)
         losses: dict[str, WeightedSum] = {}
         metrics: dict[str, WeightedSum] = {}
+        encoder_statistics: Parameters = {}
         if cache is not None:
             cache = _append(cache, side)
             context = _cached_context(cache, side, key)
         elif self._reads_encoder:
             memory = encoder_side(batch)
             inputs = Inputs(batch.encoder_inputs, memory)
-            memory_BSD, losses, metrics = self._call(params, inputs, key, method=Network.encode)
+            encoded, encoder_statistics = self._count(params, inputs, key, method=Network.encode)
+            memory_BSD, losses, metrics = encoded
             context = context._replace(memory_BSD=memory_BSD, memory=memory)
         layers = None if cache is None else cache["layers"]
-        hidden_BTD, layers, more_losses, more_metrics = self._call(params, Inputs(batch.inputs, side), context, layers)
+        result, statistics = self._count(params, Inputs(batch.inputs, side), context, layers)
+        hidden_BTD, layers, more_losses, more_metrics = result
         if cache is not None:
             cache = {**cache, "layers": layers, "index": cache["index"] + batch.inputs.shape[1]}
         logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
-        return Output(hidden_BTD, logits_BTV, add_sums(losses, more_losses), add_sums(metrics, more_metrics), cache)
+        return Output(
+            hidden_BTD,
+            logits_BTV,
+            add_sums(losses, more_losses),
+            add_sums(metrics, more_metrics),
+            cache,
+            {**encoder_statistics, **statistics},
+        )
+
+    def after_update(self, old: Parameters, new: Parameters, statistics: Parameters) -> Parameters:
+        """Sets the parameters that no gradient moves, by the rules of their descriptions.
+
+        Args:
+          old: the parameters before the step.
+          new: the same after the optimizer; what it did to parameters that have a rule is dropped.
+          statistics: `Output.statistics`, added over the whole batch.
+
+        Returns:
+          `new` with those parameters following from `old` and `statistics`; `new` itself for most models.
+        """
+        rules = {path_name(path): leaf.rule for path, leaf in _flat(self.parameters()) if leaf.rule is not None}
+        if not rules:
+            return new
+        counted = {path_name(path): statistic for path, statistic in jax.tree_util.tree_leaves_with_path(statistics)}
+
+        def choose(path: tuple[Any, ...], before: jax.Array, after: jax.Array) -> jax.Array:
+            name = path_name(path)
+            return rules[name].update(before, counted[name]) if name in rules else after
+
+        return jax.tree_util.tree_map_with_path(choose, old, new)
 
     def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
         """Returns f32[B, T, V] for hidden states [B, T, D], soft-cap included; any chunk of positions will do."""
@@ -192,6 +231,12 @@ class Model:
     @property
     def _reads_encoder(self) -> bool:
         return self.config.encoder_depth > 0 and self.config.decoder_depth > 0
+
+    def _count(self, params: Parameters, *arguments: Any, method: Any = None) -> tuple[Any, Parameters]:
+        """Calls the network and returns its result and the statistics of its layers."""
+        network = Network(self.config)
+        result, state = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        return result, dict(state.get("statistics", {}))
 
     def _call(self, params: Parameters, *arguments: Any, method: Any = None) -> Any:
         return Network(self.config).apply({"params": params}, *arguments, method=method)
