@@ -13,6 +13,7 @@ from lm.models import accounting
 from lm.models.block import PLACEMENTS
 from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
 from lm.models.mlp import Mlp
+from lm.models.moe import MixtureOfExperts
 from lm.models.multihead import MultiHead
 from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Rotary, Sinusoidal
 
@@ -34,7 +35,7 @@ class Layer:
 
     window: int | None = None
     positions: NoPositions | Rotary | Alibi | None = None
-    mlp: Mlp | None = None
+    mlp: Mlp | MixtureOfExperts | None = None
 
 
 def document_fields(cls: type) -> type:
@@ -64,7 +65,7 @@ class Transformer:
         branch) or deep (DeepNorm: post, with a weighted residual stream and smaller initial weights).
       positions: how positions enter.
       attention: settings of attention.
-      mlp: settings of the feed-forward layer.
+      mlp: settings of the feed-forward layer, dense or a mixture of experts.
       layers: the repeating pattern of layers.
       first_layers: layers before the pattern begins.
       parallel_block: whether attention and feed-forward read the same normalised input (PaLM).
@@ -96,7 +97,7 @@ class Transformer:
     norm_placement: Literal["pre", "post", "sandwich", "branch", "deep"] = "pre"
     positions: PositionScheme = Rotary()
     attention: MultiHead = MultiHead()
-    mlp: Mlp = Mlp()
+    mlp: Mlp | MixtureOfExperts = Mlp()
     layers: tuple[Layer, ...] = (Layer(),)
     first_layers: tuple[Layer, ...] = ()
     parallel_block: bool = False
