@@ -23,8 +23,9 @@ from lm.parallel import constrain
 Experts = Callable[[jax.Array, str, Product], jax.Array]
 
 
-def combine(y_BTJD: jax.Array, gates_BTJ: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Returns the weighted sum of the results of a token's experts, summed in float32."""
+def combine(y_BTJD: jax.Array, routing: Routing, dtype: jnp.dtype) -> jax.Array:
+    """Returns the weighted sum of the results of a token's experts, summed in float32; zero for padding."""
+    gates_BTJ = jnp.where(routing.valid_BT[:, :, None], routing.gates_BTJ, 0.0)
     return jnp.einsum("BTJD,BTJ->BTD", y_BTJD.astype(jnp.float32), gates_BTJ).astype(dtype)
 
 
@@ -79,7 +80,7 @@ class Capacity:
         y_BSD = jnp.swapaxes(y_EBCD, 0, 1).reshape(batch, num_experts * size, width)
         y_BTJD = rows(constrain(y_BSD, "batch", None, "activation_embed"), slots_BTJ)
         dropped_BTJ = (slots_BTJ == num_experts * size) & routing.valid_BT[:, :, None]
-        return combine(y_BTJD, routing.gates_BTJ, x_BTD.dtype), jnp.sum(dropped_BTJ.astype(jnp.float32))
+        return combine(y_BTJD, routing, x_BTD.dtype), jnp.sum(dropped_BTJ.astype(jnp.float32))
 
     def problems(self) -> list[str]:
         """Returns one sentence for each reason why this cannot work."""
@@ -103,7 +104,7 @@ class Dropless:
         product = functools.partial(grouped_product, sizes_E)
         y_AD = experts(permute(x_AD, order_A, inverse_A), "A", product)
         y_BTJD = permute(y_AD, inverse_A, order_A).reshape(batch, length, num_selected, width)
-        return combine(y_BTJD, routing.gates_BTJ, x_BTD.dtype), jnp.zeros((), jnp.float32)
+        return combine(y_BTJD, routing, x_BTD.dtype), jnp.zeros((), jnp.float32)
 
     def problems(self) -> list[str]:
         """Returns no problem."""

@@ -55,28 +55,42 @@ def _multiply(
     dtype: jnp.dtype, x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transposed: bool
 ) -> jax.Array:
     """Returns f32[A, F]; with `transposed`, rows meet the last axis of the matrices."""
-
-    def ragged(x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        w_EDF = jnp.swapaxes(w_EDF, 1, 2) if transposed else w_EDF
-        return jax.lax.ragged_dot(x_AD.astype(dtype), w_EDF.astype(dtype), sizes_E, preferred_element_type=jnp.float32)
-
-    looped = functools.partial(_multiply_blocks, dtype, "AD,FD->AF" if transposed else "AD,DF->AF")
-    y_AF = jax.lax.platform_dependent(x_AD, w_EDF, sizes_E, cpu=looped, default=ragged)
+    y_AF = jax.lax.platform_dependent(
+        x_AD,
+        w_EDF,
+        sizes_E,
+        cpu=functools.partial(_multiply_blocks, dtype, transposed),
+        default=functools.partial(_multiply_ragged, dtype, transposed),
+    )
     # Rows of no group are whatever the backend leaves there.
     return jnp.where(jnp.arange(len(x_AD))[:, None] < jnp.sum(sizes_E), y_AF, 0.0)
 
 
 def _correlate(dtype: jnp.dtype, x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Returns f32[E, D, F], the sum over each group's rows of x times y: the gradient of the matrices."""
+    return jax.lax.platform_dependent(
+        x_AD,
+        y_AF,
+        sizes_E,
+        cpu=functools.partial(_correlate_blocks, dtype),
+        default=functools.partial(_correlate_ragged, dtype),
+    )
 
-    def ragged(x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        numbers = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-        return jax.lax.ragged_dot_general(
-            x_AD.astype(dtype), y_AF.astype(dtype), sizes_E, numbers, preferred_element_type=jnp.float32
-        )
 
-    looped = functools.partial(_correlate_blocks, dtype)
-    return jax.lax.platform_dependent(x_AD, y_AF, sizes_E, cpu=looped, default=ragged)
+def _multiply_ragged(
+    dtype: jnp.dtype, transposed: bool, x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    w_EDF = jnp.swapaxes(w_EDF, 1, 2) if transposed else w_EDF
+    return jax.lax.ragged_dot(x_AD.astype(dtype), w_EDF.astype(dtype), sizes_E, preferred_element_type=jnp.float32)
+
+
+def _correlate_ragged(dtype: jnp.dtype, x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+    )
+    return jax.lax.ragged_dot_general(
+        x_AD.astype(dtype), y_AF.astype(dtype), sizes_E, numbers, preferred_element_type=jnp.float32
+    )
 
 
 def _block_size(num_rows: int, num_groups: int) -> int:
@@ -106,8 +120,9 @@ class _Blocks:
 
 
 def _multiply_blocks(
-    dtype: jnp.dtype, equation: str, x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
+    dtype: jnp.dtype, transposed: bool, x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
+    equation = "AD,FD->AF" if transposed else "AD,DF->AF"
     blocks = _Blocks(len(x_AD), sizes_E)
     x_AD = jnp.pad(x_AD, ((0, blocks.size), (0, 0)))
 
@@ -117,7 +132,7 @@ def _multiply_blocks(
         # Rows of later groups are wrong here and written again by their own blocks, which come later.
         return jax.lax.dynamic_update_slice_in_dim(y_AF, contract(equation, rows, w_EDF[group], dtype), start, 0)
 
-    width = w_EDF.shape[1 if equation == "AD,FD->AF" else 2]
+    width = w_EDF.shape[1 if transposed else 2]
     y_AF = jnp.zeros((len(x_AD), width), jnp.float32)
     return jax.lax.fori_loop(0, blocks.count, step, y_AF)[: len(x_AD) - blocks.size]
 
