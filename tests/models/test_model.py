@@ -102,7 +102,7 @@ def test_a_bidirectional_prefix_is_seen_in_both_directions(config, make_batch, s
     assert not same[6:].any()
 
 
-def logits_beside(model, params, batch, segment):
+def logits_beside(model, params, batch, segment, run=run):
     """Logits of the other segments, for the batch and for the batch with one segment's tokens changed."""
     inside = batch.segment_ids == segment
     changed = batch._replace(inputs=jnp.where(inside, batch.inputs % 48 + 1, batch.inputs))
@@ -122,7 +122,7 @@ def test_packed_documents_do_not_see_each_other(config, make_batch, shake):
 def test_the_isolation_test_fails_without_the_mask(make_batch, shake, monkeypatch):
     model, params = make(SMALL, shake)
     monkeypatch.setattr(Layout, "allowed", lambda layout: jnp.ones((1, 14, 14), jnp.bool_))
-    before, after = logits_beside(model, params, make_batch([[4, 5, 3]], length=14), 1)
+    before, after = logits_beside(model, params, make_batch([[4, 5, 3]], length=14), 1, models.Model.apply)
     assert (before != after).any()
 
 
@@ -196,12 +196,15 @@ def loss_and_gradient(config, params, batch, key=None):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "dots_no_batch", "scan_layers": False}],
-    ids=str,
-)
-@pytest.mark.parametrize("name", ["llama", "local_global"])
+LOOPS = [
+    ("llama", {"scan_layers": False}),
+    ("llama", {"remat": "dots"}),
+    ("local_global", {"remat": "full"}),
+    ("local_global", {"remat": "dots_no_batch", "scan_layers": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), LOOPS, ids=str)
 def test_loop_and_remat_equal_the_scan(name, changes, make_batch, shake):
     """Forward, backward and dropout alike, on the same parameters."""
     config = dataclasses.replace(DECODERS[name], dropout_rate=0.3)
@@ -230,7 +233,8 @@ def test_dropout_depends_on_its_key_only(make_batch, shake):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "chunked_bucketed"])
 def test_bfloat16_is_close_and_keeps_float32_where_it_must(name, make_batch, shake):
-    model, params = make(DECODERS[name], shake)
+    model = DECODERS[name].build()
+    params = shake(model.init(jax.random.key(0)), size=0.1)
     low = dataclasses.replace(DECODERS[name], dtype="bfloat16")
     batch = make_batch([[5, 4], [9]])
     exact, output = run(model, params, batch), run(low.build(), params, batch)
@@ -287,6 +291,6 @@ def test_without_a_mesh_the_model_refuses(make_batch, shake):
     scopes, axes._SCOPES[:] = list(axes._SCOPES), []
     try:
         with pytest.raises(RuntimeError, match="no mesh in force"):
-            run(model, params, make_batch([[3]]))
+            model.apply(params, make_batch([[3]]))
     finally:
         axes._SCOPES[:] = scopes
