@@ -5,6 +5,7 @@ import functools
 
 import hypothesis
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -245,9 +246,10 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_must(name, make_batch, sha
     assert float(error) < 0.03
     gradient = loss_and_gradient(low, params, batch)[1]
     expected = loss_and_gradient(DECODERS[name], params, batch)[1]
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == jnp.float32
-        assert float(jnp.linalg.norm(a - b)) <= 0.1 * float(jnp.linalg.norm(b)) + 1e-6
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(gradient))
+    # All leaves together: alone, that of the keys' bias is zero, because a softmax does not see what shifts all scores.
+    gradient, expected = (jax.flatten_util.ravel_pytree(x)[0] for x in (gradient, expected))
+    assert float(jnp.linalg.norm(gradient - expected)) < 0.03 * float(jnp.linalg.norm(expected))
 
 
 @every_decoder
