@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from lm.models import accounting
 from lm.models.block import PLACEMENTS
 from lm.models.heads import HeadTransform
+from lm.models.latent import Latent
 from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
 from lm.models.mlp import Mlp
 from lm.models.multihead import MultiHead
-from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Rotary, Sinusoidal
+from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Relative, Rotary, Sinusoidal
 
 if TYPE_CHECKING:
     from lm.models.model import Model
 
-PositionScheme = NoPositions | Learned | Sinusoidal | Rotary | Bucketed | Alibi
+PositionScheme = NoPositions | Learned | Sinusoidal | Rotary | Bucketed | Alibi | Relative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class Transformer:
     norm: RMSNorm | LayerNorm = RMSNorm()
     norm_placement: Literal["pre", "post", "sandwich", "branch", "deep"] = "pre"
     positions: PositionScheme = Rotary()
-    attention: MultiHead = MultiHead()
+    attention: MultiHead | Latent = MultiHead()
     mlp: Mlp = Mlp()
     layers: tuple[Layer, ...] = (Layer(),)
     first_layers: tuple[Layer, ...] = ()
@@ -256,7 +257,8 @@ class Transformer:
         return problems + self.attention.problems(self) + self.mlp.problems(self) + self._layer_problems()
 
     def _layer_problems(self) -> list[str]:
-        problems = list(self.positions.problems(self.sizes["H"]))
+        rotated = self.attention.rotated_width(self)
+        problems = list(self.positions.problems(rotated))
         if not self.layers:
             problems.append("config.model.layers: the repeating pattern needs at least one layer")
         if isinstance(self.positions, Sinusoidal) and self.model_dim % 2:
@@ -265,7 +267,7 @@ class Transformer:
             if layer.window is not None and layer.window < 1:
                 problems.append(f"config.model.layers.window: {layer.window} is neither None nor a positive number")
             if layer.positions is not None:
-                problems += layer.positions.problems(self.sizes["H"])
+                problems += layer.positions.problems(rotated)
             if layer.mlp is not None:
                 problems += layer.mlp.problems(self)
         if self.share_layers and self.layers and (self.first_layers or self.num_layers % len(self.layers)):
