@@ -3,6 +3,7 @@
 from lm.models.attention import Chunked as Chunked
 from lm.models.attention import Plain as Plain
 from lm.models.decoder import Decoder as Decoder
+from lm.models.electra import Electra as Electra
 from lm.models.encdec import EncoderDecoder as EncoderDecoder
 from lm.models.encoder import Encoder as Encoder
 from lm.models.heads import HeadTransform as HeadTransform

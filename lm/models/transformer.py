@@ -14,7 +14,7 @@ from lm.models.block import PLACEMENTS
 from lm.models.heads import HeadTransform
 from lm.models.latent import Latent
 from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
-from lm.models.mlp import Mlp
+from lm.models.mlp import Activation, Mlp
 from lm.models.multihead import MultiHead
 from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Relative, Rotary, Sinusoidal
 
@@ -77,6 +77,7 @@ class Transformer:
       head_bias: whether logits have a bias.
       head_transform: a dense layer, activation and norm before the output projection (BERT); None is none.
       num_classes: labels of the head on the pooled state, for sentence pairs; 0 is no such head.
+      classifier_activation: nonlinearity of that head.
       num_token_types: rows of the table of token types (BERT's segments); 0 is no such table.
       num_block_positions: rows of the table of second positions, inside a blank (GLM); 0 is no such table.
       embedding_dim: width of the embedding table, if it is projected to model_dim (ALBERT); None means model_dim.
@@ -113,6 +114,7 @@ class Transformer:
     head_bias: bool = False
     head_transform: HeadTransform | None = None
     num_classes: int = 0
+    classifier_activation: Activation = "tanh"
     num_token_types: int = 0
     num_block_positions: int = 0
     embedding_dim: int | None = None

@@ -49,15 +49,11 @@ class Weights:
         def kernel(x):
             return x.T if shape is None else x.T.reshape(shape)
 
-        def vector(x):
-            return (
-                x if shape is None or (shape[0] != -1 and len(shape) == 3 and shape[2] == SIZES.dim) else x.reshape(-1)
-            )
-
         out = {"kernel": self.get(f"{name}.weight", kernel)}
         if bias:
-            heads = None if shape is None or shape[-1] == SIZES.dim else shape[1:]
-            out["bias"] = self.get(f"{name}.bias", vector if heads is None else lambda x: x.reshape(heads))
+            # Of the kernel's shape, the bias has what is not summed over: heads and their width, or the model's.
+            heads = shape is not None and shape[0] == SIZES.dim
+            out["bias"] = self.get(f"{name}.bias", lambda x: x.reshape(shape[1:]) if heads else x)
         return out
 
     def attention(self, names, heads=SIZES.heads, kv_heads=None, head_dim=None, bias=False, output_bias=None):
@@ -253,11 +249,15 @@ def test_modernbert(make_batch):
     def block(number):
         w = Weights(hf, [number])
         layer = "model.layers.{}."
-        qkv = [{"kernel": w.get(layer + "attn.Wqkv.weight", lambda x, i=i: x.T[:, 32 * i : 32 * i + 32].reshape(32, 4, 8))}
-               for i in range(3)]  # fmt: skip
-        up, gate = (
-            {"kernel": w.get(layer + "mlp.Wi.weight", lambda x, i=i: x.T[:, 48 * i : 48 * i + 48])} for i in (1, 0)
-        )
+
+        def part(name, width, number, *shape):
+            def cut(x):
+                return x.T[:, number * width : (number + 1) * width].reshape(32, *shape)
+
+            return {"kernel": w.get(f"{layer}{name}.weight", cut)}
+
+        qkv = [part("attn.Wqkv", 32, number, 4, 8) for number in range(3)]
+        up, gate = (part("mlp.Wi", 48, number, 48) for number in (1, 0))
         norms = {"attention_norm": w.norm(layer + "attn_norm")} if number else {}
         return norms | {
             "attention": {
@@ -398,3 +398,279 @@ def test_bart(make_batch):
         ids(batch.encoder_inputs), attention_mask=ids(batch.encoder_segment_ids), decoder_input_ids=ids(batch.inputs)
     )
     check(config, params, batch, out.logits)
+
+
+# Decoders, all in Llama's naming.
+
+LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def llama_block(w, norms, *, kv_heads=2, head_dim=None, bias=False, qk_norm=False):
+    layer = "model.layers.{}."
+    names = [layer + f"self_attn.{x}_proj" for x in "qkvo"]
+    attention = w.attention(names, kv_heads=kv_heads, head_dim=head_dim, bias=bias, output_bias=False)
+    if qk_norm:
+        attention |= {
+            "query_norm": w.norm(layer + "self_attn.q_norm"),
+            "key_norm": w.norm(layer + "self_attn.k_norm"),
+        }
+    return {name: w.norm(layer + theirs) for name, theirs in norms.items()} | {
+        "attention": attention,
+        "mlp": {name: w.dense(layer + f"mlp.{name}_proj") for name in ("gate", "up", "down")},
+    }
+
+
+def llama_params(hf, runs, tied=True):
+    """`runs` maps the names of runs to their blocks."""
+    w = Weights(hf, [])
+    params = {
+        "tokens": {"embedding": w.get("model.embed_tokens.weight")},
+        "decoder": {"stack": runs, "final_norm": w.norm("model.norm")},
+    }
+    return params if tied else params | {"head": {"projection": w.dense("lm_head")}}
+
+
+COMMON = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "attn_implementation": "eager",
+}
+
+
+def run_padded(hf, make_batch, config, params):
+    batch = make_batch([[13], [9]])
+    check(config, params, batch, hf(ids(batch.inputs), attention_mask=ids(batch.segment_ids)).logits)
+
+
+def test_mistral(make_batch):
+    hf = randomized(
+        transformers.MistralForCausalLM(
+            transformers.MistralConfig(
+                **COMMON, num_hidden_layers=2, sliding_window=4, head_dim=8,
+                rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            )
+        )
+    )  # fmt: skip
+    config = small(
+        models.Decoder,
+        num_kv_heads=2,
+        positions=models.Rotary(theta=500.0),
+        tied_embeddings=False,
+        layers=(models.Layer(window=4),),
+    )
+    block = llama_block(Weights(hf, LAYERS), LLAMA_NORMS)
+    run_padded(hf, make_batch, config, llama_params(hf, {"layers": {"block_0": block}}, tied=False))
+
+
+def test_qwen2(make_batch):
+    hf = randomized(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**COMMON, num_hidden_layers=2)))
+    config = small(models.Decoder, num_kv_heads=2, tied_embeddings=False, attention=models.MultiHead(use_qkv_bias=True))
+    block = llama_block(Weights(hf, LAYERS), LLAMA_NORMS, bias=True)
+    run_padded(hf, make_batch, config, llama_params(hf, {"layers": {"block_0": block}}, tied=False))
+
+
+def test_qwen3(make_batch):
+    hf = randomized(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**COMMON, num_hidden_layers=2, head_dim=12)))
+    config = small(
+        models.Decoder,
+        num_kv_heads=2,
+        head_dim=12,
+        tied_embeddings=False,
+        attention=models.MultiHead(qk_norm="head"),
+    )
+    block = llama_block(Weights(hf, LAYERS), LLAMA_NORMS, head_dim=12, qk_norm=True)
+    run_padded(hf, make_batch, config, llama_params(hf, {"layers": {"block_0": block}}, tied=False))
+
+
+def test_olmo2(make_batch):
+    hf = randomized(
+        transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**COMMON, num_hidden_layers=2, rms_norm_eps=1e-6))
+    )
+    config = small(
+        models.Decoder,
+        num_kv_heads=2,
+        norm_placement="branch",
+        tied_embeddings=False,
+        attention=models.MultiHead(qk_norm="all"),
+    )
+    norms = {"attention_output_norm": "post_attention_layernorm", "mlp_output_norm": "post_feedforward_layernorm"}
+    block = llama_block(Weights(hf, LAYERS), norms, qk_norm=True)
+    for name, heads in (("query_norm", 4), ("key_norm", 2)):
+        block["attention"][name] = {"scale": block["attention"][name]["scale"].reshape(2, heads, 8)}
+    run_padded(hf, make_batch, config, llama_params(hf, {"layers": {"block_0": block}}, tied=False))
+
+
+GEMMA_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+GEMMA = {
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "norm": models.RMSNorm(zero_centered=True),
+    "norm_placement": "sandwich",
+    "mlp": models.Mlp(activation="gelu_tanh", gated=True),
+    "scale_embeddings": True,
+}
+
+
+def test_gemma2(make_batch):
+    hf = randomized(
+        transformers.Gemma2ForCausalLM(
+            transformers.Gemma2Config(
+                **COMMON, num_hidden_layers=2, head_dim=8, sliding_window=4, query_pre_attn_scalar=16,
+                attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+            )
+        )
+    )  # fmt: skip
+    config = small(
+        models.Decoder,
+        **GEMMA,
+        attention=models.MultiHead(scale=16**-0.5, logit_softcap=2.0),
+        final_logit_softcap=3.0,
+        layers=(models.Layer(window=4), models.Layer()),
+    )
+    blocks = {f"block_{i}": llama_block(Weights(hf, [i]), GEMMA_NORMS) for i in range(2)}
+    run_padded(hf, make_batch, config, llama_params(hf, {"layers": blocks}))
+
+
+def test_gemma3(make_batch):
+    """Five layers in a pattern of three: two repeats do not fit, and the rest stands at the end."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+    }
+    hf = randomized(
+        transformers.Gemma3ForCausalLM(
+            transformers.Gemma3TextConfig(
+                **COMMON, num_hidden_layers=5, head_dim=8, sliding_window=4, query_pre_attn_scalar=8, layer_types=kinds,
+                rope_parameters=rope,
+            )
+        )
+    )  # fmt: skip
+    local = models.Layer(window=4, positions=models.Rotary(theta=100.0))
+    config = dataclasses.replace(
+        small(
+            models.Decoder,
+            **GEMMA,
+            attention=models.MultiHead(qk_norm="head"),
+            positions=models.Rotary(theta=1000.0, scaling=models.LinearScaling(factor=8.0)),
+            layers=(local, local, models.Layer()),
+        ),
+        num_layers=5,
+    )
+
+    def blocks(numbers):
+        return {
+            f"block_{i}": llama_block(Weights(hf, [number]), GEMMA_NORMS, qk_norm=True)
+            for i, number in enumerate(numbers)
+        }
+
+    run_padded(hf, make_batch, config, llama_params(hf, {"layers": blocks([0, 1, 2]), "last": blocks([3, 4])}))
+
+
+def test_deepseek(make_batch):
+    """DeepSeek-V3's attention, all layers dense; its checkpoints interleave rotated channels, ours are halves."""
+    hf = randomized(
+        transformers.DeepseekV3ForCausalLM(
+            transformers.DeepseekV3Config(
+                vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+                intermediate_size=48, max_position_embeddings=64, q_lora_rank=12, kv_lora_rank=16, qk_rope_head_dim=4,
+                qk_nope_head_dim=6, v_head_dim=10, first_k_dense_replace=2, attn_implementation="eager",
+            )
+        )
+    )  # fmt: skip
+    config = small(
+        models.Decoder,
+        attention=models.Latent(query_rank=12, kv_rank=16, nope_dim=6, rotary_dim=4, value_dim=10),
+        tied_embeddings=False,
+    )
+    w = Weights(hf, LAYERS)
+    layer = "model.layers.{}."
+    attention = layer + "self_attn."
+    halves = jnp.asarray([0, 2, 1, 3])
+
+    def query_up(x):
+        x = x.T.reshape(12, 4, 10)
+        return jnp.concatenate([x[..., :6], x[..., 6:][..., halves]], axis=-1)
+
+    def kv_up(part):
+        return lambda x: x.T.reshape(16, 4, 16)[..., part]
+
+    block = {name: w.norm(layer + theirs) for name, theirs in LLAMA_NORMS.items()} | {
+        "attention": {
+            "query_down": w.dense(attention + "q_a_proj"),
+            "query_norm": w.norm(attention + "q_a_layernorm"),
+            "query_up": {"kernel": w.get(attention + "q_b_proj.weight", query_up)},
+            "kv_down": {"kernel": w.get(attention + "kv_a_proj_with_mqa.weight", lambda x: x.T[:, :16])},
+            "key_rotary": {"kernel": w.get(attention + "kv_a_proj_with_mqa.weight", lambda x: x.T[:, 16:][:, halves])},
+            "kv_norm": w.norm(attention + "kv_a_layernorm"),
+            "key_up": {"kernel": w.get(attention + "kv_b_proj.weight", kv_up(slice(0, 6)))},
+            "value_up": {"kernel": w.get(attention + "kv_b_proj.weight", kv_up(slice(6, 16)))},
+            "out": w.dense(attention + "o_proj", (4, 10, 32)),
+        },
+        "mlp": {name: w.dense(layer + f"mlp.{name}_proj") for name in ("gate", "up", "down")},
+    }
+    run_padded(hf, make_batch, config, llama_params(hf, {"layers": {"block_0": block}}, tied=False))
+
+
+def test_bloom(make_batch):
+    """ALiBi, with a number of heads that is no power of two."""
+    hf = randomized(
+        transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=50, hidden_size=36, n_layer=2, n_head=6, attn_implementation="eager")
+        )
+    )
+    config = models.Decoder(
+        vocab_size=50,
+        num_layers=2,
+        model_dim=36,
+        num_heads=6,
+        mlp_dim=144,
+        norm=models.LayerNorm(),
+        positions=models.Alibi(),
+        attention=models.MultiHead(use_qkv_bias=True, use_output_bias=True),
+        mlp=models.Mlp(activation="gelu_tanh", gated=False, use_bias=True),
+        embedding_norm=True,
+    )
+    w = Weights(hf, LAYERS, "transformer.")
+
+    def qkv(number):
+        def kernel(x):
+            return x.reshape(6, 3, 6, 36)[:, number].transpose(2, 0, 1)
+
+        return {
+            "kernel": w.get("h.{}.self_attention.query_key_value.weight", kernel),
+            "bias": w.get("h.{}.self_attention.query_key_value.bias", lambda x: x.reshape(6, 3, 6)[:, number]),
+        }
+
+    block = {
+        "attention_norm": w.norm("h.{}.input_layernorm", bias=True),
+        "attention": {
+            "query": qkv(0),
+            "key": qkv(1),
+            "value": qkv(2),
+            "out": w.dense("h.{}.self_attention.dense", (6, 6, 36), bias=True),
+        },
+        "mlp_norm": w.norm("h.{}.post_attention_layernorm", bias=True),
+        "mlp": {
+            "up": w.dense("h.{}.mlp.dense_h_to_4h", bias=True),
+            "down": w.dense("h.{}.mlp.dense_4h_to_h", bias=True),
+        },
+    }
+    params = {
+        "tokens": {"embedding": w.get("word_embeddings.weight")},
+        "decoder": {
+            "embedding_norm": w.norm("word_embeddings_layernorm", bias=True),
+            "stack": {"layers": {"block_0": block}},
+            "final_norm": w.norm("ln_f", bias=True),
+        },
+    }
+    run_padded(hf, make_batch, config, params)
