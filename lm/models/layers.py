@@ -262,8 +262,14 @@ class Einsum(nn.Module):
     float32_result: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, product: Product = contract) -> jax.Array:
-        """Returns the product, in the compute dtype unless float32_result; `product` computes it from the equation."""
+    def __call__(self, x: jax.Array, equation: str | None = None, product: Product = contract) -> jax.Array:
+        """Returns the product, in the compute dtype unless float32_result.
+
+        Args:
+          x: the first operand.
+          equation: another product of the same kernel, where there is no bias (absorbed projections).
+          product: computes the equation, where it is not the plain one (rows of different experts).
+        """
         operands, result = self.equation.split("->")
         letters = operands.split(",")[1]
         sizes = {**self.config.sizes, **dict(self.sizes)}
@@ -283,7 +289,7 @@ class Einsum(nn.Module):
                 active_share=self.active_share,
             ),
         )
-        y = product(self.equation, x, kernel, self.config.compute_dtype)
+        y = product(equation or self.equation, x, kernel, self.config.compute_dtype)
         if self.use_bias:
             outputs = [letter for letter in letters if letter in result]
             shape = tuple(sizes[letter] for letter in outputs)

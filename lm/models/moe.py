@@ -141,7 +141,7 @@ class MixtureLayer(nn.Module):
             bias = declare((num_experts,), ("experts",), "bias", distribution=Constant(0.0), rule=router.balancing)
             bias_E = self.param("router_bias", bias)
         linear = Einsum("BTD,DE->BTE", self.config, sizes=(("E", num_experts),), float32_result=True, name="router")
-        logits_BTE = linear(router.disturb(x_BTD, fold(context.key, JITTER)), float32_product)
+        logits_BTE = linear(router.disturb(x_BTD, fold(context.key, JITTER)), product=float32_product)
         valid_BT = context.queries.segment_ids != 0
         return logits_BTE, router.route(logits_BTE, bias_E, self.mixture.num_selected, valid_BT)
 
@@ -196,13 +196,13 @@ class Experts(nn.Module):
             )
 
         activate = ACTIVATIONS[mixture.activation]
-        hidden = linear("up", "D", "F")(x, product)
+        hidden = linear("up", "D", "F")(x, product=product)
         if mixture.gated:
-            hidden = activate(linear("gate", "D", "F")(x, product)) * hidden
+            hidden = activate(linear("gate", "D", "F")(x, product=product)) * hidden
         else:
             hidden = activate(hidden)
         hidden = dropout(hidden, mixture.dropout_rate, key)
-        return linear("down", "F", "D", residual=True)(hidden, product)
+        return linear("down", "F", "D", residual=True)(hidden, product=product)
 
 
 def float32_product(equation: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:

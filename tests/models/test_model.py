@@ -5,6 +5,7 @@ import functools
 
 import hypothesis
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,10 @@ DECODERS = {
         layers=(models.Layer(window=3), models.Layer(positions=models.Rotary(theta=100.0, fraction=0.5))),
         norm_placement="deep",
     ),
+    "latent": dataclasses.replace(
+        SMALL, attention=models.Latent(query_rank=6, kv_rank=8, nope_dim=6, rotary_dim=4, value_dim=5)
+    ),
+    "shaw": dataclasses.replace(SMALL, positions=models.Relative(max_distance=3)),
 }
 
 
@@ -102,7 +107,7 @@ def test_a_bidirectional_prefix_is_seen_in_both_directions(config, make_batch, s
     assert not same[6:].any()
 
 
-def logits_beside(model, params, batch, segment):
+def logits_beside(model, params, batch, segment, run=run):
     """Logits of the other segments, for the batch and for the batch with one segment's tokens changed."""
     inside = batch.segment_ids == segment
     changed = batch._replace(inputs=jnp.where(inside, batch.inputs % 48 + 1, batch.inputs))
@@ -122,7 +127,7 @@ def test_packed_documents_do_not_see_each_other(config, make_batch, shake):
 def test_the_isolation_test_fails_without_the_mask(make_batch, shake, monkeypatch):
     model, params = make(SMALL, shake)
     monkeypatch.setattr(Layout, "allowed", lambda layout: jnp.ones((1, 14, 14), jnp.bool_))
-    before, after = logits_beside(model, params, make_batch([[4, 5, 3]], length=14), 1)
+    before, after = logits_beside(model, params, make_batch([[4, 5, 3]], length=14), 1, models.Model.apply)
     assert (before != after).any()
 
 
@@ -196,12 +201,15 @@ def loss_and_gradient(config, params, batch, key=None):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "dots_no_batch", "scan_layers": False}],
-    ids=str,
-)
-@pytest.mark.parametrize("name", ["llama", "local_global"])
+LOOPS = [
+    ("llama", {"scan_layers": False}),
+    ("llama", {"remat": "dots"}),
+    ("local_global", {"remat": "full"}),
+    ("local_global", {"remat": "dots_no_batch", "scan_layers": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), LOOPS, ids=str)
 def test_loop_and_remat_equal_the_scan(name, changes, make_batch, shake):
     """Forward, backward and dropout alike, on the same parameters."""
     config = dataclasses.replace(DECODERS[name], dropout_rate=0.3)
@@ -230,7 +238,8 @@ def test_dropout_depends_on_its_key_only(make_batch, shake):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "chunked_bucketed"])
 def test_bfloat16_is_close_and_keeps_float32_where_it_must(name, make_batch, shake):
-    model, params = make(DECODERS[name], shake)
+    model = DECODERS[name].build()
+    params = shake(model.init(jax.random.key(0)), size=0.1)
     low = dataclasses.replace(DECODERS[name], dtype="bfloat16")
     batch = make_batch([[5, 4], [9]])
     exact, output = run(model, params, batch), run(low.build(), params, batch)
@@ -241,9 +250,10 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_must(name, make_batch, sha
     assert float(error) < 0.03
     gradient = loss_and_gradient(low, params, batch)[1]
     expected = loss_and_gradient(DECODERS[name], params, batch)[1]
-    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == jnp.float32
-        assert float(jnp.linalg.norm(a - b)) <= 0.1 * float(jnp.linalg.norm(b)) + 1e-6
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(gradient))
+    # All leaves together: alone, that of the keys' bias is zero, because a softmax does not see what shifts all scores.
+    gradient, expected = (jax.flatten_util.ravel_pytree(x)[0] for x in (gradient, expected))
+    assert float(jnp.linalg.norm(gradient - expected)) < 0.03 * float(jnp.linalg.norm(expected))
 
 
 @every_decoder
@@ -287,6 +297,6 @@ def test_without_a_mesh_the_model_refuses(make_batch, shake):
     scopes, axes._SCOPES[:] = list(axes._SCOPES), []
     try:
         with pytest.raises(RuntimeError, match="no mesh in force"):
-            run(model, params, make_batch([[3]]))
+            model.apply(params, make_batch([[3]]))
     finally:
         axes._SCOPES[:] = scopes
