@@ -225,6 +225,18 @@ class Transformer:
         """Counts the parameters, without allocating any."""
         return accounting.num_parameters(self.build().parameters())
 
+    def num_active_parameters(self) -> int:
+        """Counts the parameters that one token meets, without allocating any; fewer than all for mixtures of experts."""
+        return accounting.num_active_parameters(self.build().parameters())
+
+    def cache_bytes_per_token(self) -> int:
+        """Counts the bytes that each token of a decoder adds to the cache."""
+        return accounting.cache_bytes_per_token(self)
+
+    def flops_per_example(self, length: int, encoder_length: int | None = None) -> float:
+        """Counts a training step's operations per sequence; arguments as of `flops_per_token`."""
+        return length * self.flops_per_token(length, encoder_length)
+
     def flops_per_token(self, length: int, encoder_length: int | None = None) -> float:
         """Counts a training step's operations per token; `lm.models.accounting.flops_per_token` says how.
 
