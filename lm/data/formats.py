@@ -19,6 +19,8 @@ from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 
+from lm.config import UserError
+
 Errors = Literal["strict", "replace"]
 
 COMPRESSED = (".gz", ".zst")
@@ -28,7 +30,7 @@ DOCUMENT_BYTES = 16384
 _CHUNK = 1 << 24
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """What is wrong with the user's data, in one sentence that names the file and the place."""
 
 
