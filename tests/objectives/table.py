@@ -33,7 +33,6 @@ from lm.objectives import (
     ReplacedTokenDetection,
     SentenceBlanks,
     SentenceOrder,
-    ShortBlanks,
     SpanCorruption,
     SpanNoise,
     SuffixBlank,
