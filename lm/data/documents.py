@@ -6,12 +6,15 @@ row. Law: document `i` is the same whether it was cached or not.
 
 import hashlib
 import json
+import os
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from lm.batch import Document
-from lm.data.config import DataConfig
+from lm.data import tokenizers
+from lm.data.config import DataConfig, TokenizerChoice
 from lm.data.formats import DataError
 from lm.data.sources import Corpus, split
 from lm.document import Vocabulary
@@ -120,11 +123,13 @@ def open_documents(config: DataConfig, vocabulary: Vocabulary, fingerprint: str,
 
 
 class _TrainingText:
+    """The training documents of all sources, in the order of their keys: random, and the same in every run."""
+
     def __init__(self, config: DataConfig) -> None:
         self._config = config
 
     def sample(self, num_bytes: int) -> Iterator[str]:
-        """Yields training documents of all sources in the order of their keys, until `num_bytes` are reached."""
+        """Yields documents until they have `num_bytes` bytes."""
         corpora = open_corpora(self._config)
         sides = [split(corpus.keys(), self._config.validation_fraction)[0] for corpus in corpora]
         keys = np.concatenate([corpus.keys()[side] for corpus, side in zip(corpora, sides, strict=True)])
@@ -139,9 +144,25 @@ class _TrainingText:
                 return
 
 
-def training_text(config: DataConfig) -> _TrainingText:
-    """Returns the text that a tokenizer may see: training documents only, read when it is asked for."""
-    return _TrainingText(config)
+def load_tokenizer(
+    choice: TokenizerChoice, config: DataConfig | None, directory: str | os.PathLike[str]
+) -> tokenizers.Tokenizer:
+    """Returns the tokenizer stored in `directory`; where there is none, builds it and stores it there.
+
+    Args:
+      choice: `DataConfig.tokenizer`.
+      config: whose training documents a tokenizer is trained on; None only loads.
+      directory: the run's own folder for its tokenizer. Several processes may call this at once on one
+        file system: training is deterministic and files appear whole.
+
+    Raises:
+      DataError: it is not there and `config` is None, or it cannot be trained, read or written.
+    """
+    if config is None or pathlib.Path(directory, tokenizers.DESCRIPTION).is_file():
+        return tokenizers.load(directory)
+    tokenizer = choice.build(_TrainingText(config))
+    tokenizer.save(directory)
+    return tokenizer
 
 
 def fingerprint(config: DataConfig) -> str:

@@ -158,7 +158,7 @@ class HuggingFace:
       path: the tokenizer.json, or a folder that holds one.
     """
 
-    path: str
+    path: str = ""
 
     @property
     def _file(self) -> pathlib.Path:

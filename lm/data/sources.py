@@ -74,9 +74,9 @@ def split(keys: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.
     """Returns i64[N], i64[M]: the training and the validation documents of a corpus, in corpus order.
 
     A document is held out if its key is in the lowest `validation_fraction` of all possible keys; the one
-    with the lowest key always is, where there is another one to train on.
+    with the lowest key always is, where there is another one to train on. With 1.0 all are.
     """
-    held_out = keys < np.uint64(min(int(validation_fraction * 2.0**64), 2**64 - 1))
+    held_out = keys.astype(np.float64) < validation_fraction * 2.0**64 if validation_fraction < 1 else keys == keys
     if validation_fraction > 0 and len(keys) > 1:
         held_out[np.argmin(keys)] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
@@ -222,7 +222,7 @@ class Files:
       weight: share of the rows that this source gives, relative to the other sources.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = ()
     text_field: str = "text"
     errors: Errors = "strict"
     weight: float = 1.0
@@ -276,7 +276,7 @@ class Tokenized:
       weight: share of the rows that this source gives, relative to the other sources.
     """
 
-    directory: str
+    directory: str = ""
     weight: float = 1.0
 
     def problems(self) -> list[str]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from lm.objectives.base import Vocabulary
 
-TERMINATORS = (".", "!", "?", "。", "!", "?", "\n")
+# The last three are the full-width forms.
+TERMINATORS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")
 
 
 def split_sentences(tokens: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
