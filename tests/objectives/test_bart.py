@@ -58,6 +58,21 @@ def test_zero_lengths_have_their_poisson_share():
         assert abs(zeros / (zeros + positives) - math.exp(-mean)) < 0.006
 
 
+def test_the_worked_example():
+    class Drawn(BART):
+        def draw_lengths(self, budget, rng):
+            return np.array([2, 1]), 1
+
+    tokens = VOCABULARY.encode("abcdefghij")
+    objective = Drawn(random_rate=0.0, whole_words=False)
+    sources = {
+        VOCABULARY.decode(objective.infill(tokens, VOCABULARY, make_context(index=index).rng(0)))
+        for index in range(2000)
+    }
+    assert "ab<4><4>efg<4>ij" in sources
+    assert {len(source.replace("<4>", "M")) for source in sources} == {10}
+
+
 def matches(source, text):
     """Tells whether `text` is the source with each mask replaced by some tokens, or by none."""
     pattern = "".join(".*" if t == SPECIALS.mask else re.escape(chr(t)) for t in source)
