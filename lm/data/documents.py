@@ -98,7 +98,7 @@ def open_documents(config: DataConfig, vocabulary: Vocabulary, fingerprint: str,
       DataError: a source cannot be read, was tokenised by another tokenizer, or has nothing on this side.
     """
     cache = Cache(config.cache_megabytes << 20)
-    found = []
+    found, sizes = [], 0
     for number, (source, corpus) in enumerate(zip(config.chosen_sources, open_corpora(config), strict=True)):
         made_by = corpus.tokenizer_fingerprint()
         if made_by not in (None, fingerprint):
@@ -107,7 +107,7 @@ def open_documents(config: DataConfig, vocabulary: Vocabulary, fingerprint: str,
                 "data.tokenizer to the Saved one in its folder tokenizer, or prepare it again"
             )
         training, held_out = split(corpus.keys(), config.validation_fraction)
-        indices = held_out if validation else training
+        indices, sizes = held_out if validation else training, sizes + len(corpus)
         if not len(indices) and not validation:
             raise DataError(
                 f"{source} has no training document: {len(corpus)} document(s), {len(held_out)} of them held out; "
@@ -116,8 +116,8 @@ def open_documents(config: DataConfig, vocabulary: Vocabulary, fingerprint: str,
         found.append(Documents(corpus, number, indices, vocabulary, cache))
     if validation and not any(len(documents) for documents in found):
         raise DataError(
-            f"there is no validation document: data.validation_fraction is {config.validation_fraction}; add text, "
-            "or set it higher"
+            f"there is no validation document: data.validation_fraction is {config.validation_fraction}, and there "
+            f"are {sizes} document(s); add text, or set it higher"
         )
     return found
 

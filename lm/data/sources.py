@@ -73,12 +73,16 @@ def hash_keys(name: str, numbers: np.ndarray) -> np.ndarray:
 def split(keys: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns i64[N], i64[M]: the training and the validation documents of a corpus, in corpus order.
 
-    A document is held out if its key is in the lowest `validation_fraction` of all possible keys; the one
-    with the lowest key always is, where there is another one to train on. With 1.0 all are.
+    A document is held out if its key is in the lowest `validation_fraction` of all possible keys. So that
+    a small corpus has both sides, the one with the lowest key always is, and the one with the highest never;
+    a single document is trained on. With 0.0 none is held out, with 1.0 all are.
     """
-    held_out = keys.astype(np.float64) < validation_fraction * 2.0**64 if validation_fraction < 1 else keys == keys
-    if validation_fraction > 0 and len(keys) > 1:
+    held_out = keys.astype(np.float64) < validation_fraction * 2.0**64
+    if 0 < validation_fraction < 1 and len(keys):
         held_out[np.argmin(keys)] = True
+        held_out[np.argmax(keys)] = False
+    elif validation_fraction == 1:
+        held_out[:] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
