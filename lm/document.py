@@ -98,6 +98,7 @@ class Traits:
         false where a position predicts its own hidden token.
       originals: whether `targets` holds the original token at every position, whatever the weights (a model that
         judges replaced tokens reads them).
+      needs_generator: whether the objective is meant for such a model only.
       fields: optional fields of `Batch` that every example sets, the encoder's apart.
       num_labels: classes in `label_targets`; 0 where no label is set.
       component_names: what the ids in `components` stand for, for logs; empty where the field is not set.
@@ -107,6 +108,7 @@ class Traits:
     bidirectional: bool = False
     autoregressive: bool = True
     originals: bool = False
+    needs_generator: bool = False
     fields: frozenset[str] = frozenset()
     num_labels: int = 0
     component_names: tuple[str, ...] = ()

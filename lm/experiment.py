@@ -58,7 +58,7 @@ class EvaluationConfig:
 
     def problems(self) -> list[str]:
         """Returns one sentence for each setting that cannot work."""
-        return _below_one("evaluation", self, ("every", "num_batches", "batch_size"))
+        return _below_one("evaluation.", self, ("every", "num_batches", "batch_size"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class CheckpointConfig:
 
     def problems(self) -> list[str]:
         """Returns one sentence for each setting that cannot work."""
-        found = _below_one("checkpoint", self, ("every", "keep_last", "keep_every"))
+        found = _below_one("checkpoint.", self, ("every", "keep_last", "keep_every"))
         if self.keep_best < 0:
             found.append(f"checkpoint.keep_best is 0 or more, got {self.keep_best}")
         return found
@@ -101,13 +101,13 @@ class LoggingConfig:
 
     def problems(self) -> list[str]:
         """Returns one sentence for each setting that cannot work."""
-        return _below_one("logging", self, ("every",))
+        return _below_one("logging.", self, ("every",))
 
 
 def _below_one(section: str, config: object, names: tuple[str, ...]) -> list[str]:
     values = {name: getattr(config, name) for name in names}
     return [
-        f"{section}.{n} is a number from 1 up or none, got {v}" for n, v in values.items() if v is not None and v < 1
+        f"{section}{n} is a number from 1 up or none, got {v}" for n, v in values.items() if v is not None and v < 1
     ]
 
 
@@ -151,11 +151,10 @@ class Experiment:
 
     def problems(self) -> list[str]:
         """Returns every reason, one sentence each, why this run cannot work; empty if it can."""
-        found = _below_one("config", self, ("num_steps", "batch_size", "num_microbatches"))
-        for section in (self.model, self.data, self.optimizer, self.loss):
+        found = _below_one("", self, ("num_steps", "batch_size", "num_microbatches"))
+        for section in (self.model, self.data, self.loss, self.evaluation, self.checkpoint, self.logging):
             found += section.problems()
-        for section in (self.evaluation, self.checkpoint, self.logging):
-            found += section.problems()
+        found += self.optimizer.problems(self.num_steps)
         if self.num_microbatches > 0 and self.batch_size % self.num_microbatches:
             found.append(f"num_microbatches {self.num_microbatches} does not divide batch_size {self.batch_size}")
         if self.model.max_length is not None and self.data.sequence_length > self.model.max_length:
@@ -165,7 +164,7 @@ class Experiment:
             )
         if self.init_from is not None and not os.path.isdir(self.init_from):
             found.append(f"init_from: no directory {self.init_from}")
-        return found
+        return [line if line.startswith("config") else f"config.{line}" for line in found]
 
     def validate(self) -> None:
         """Checks the whole config.
@@ -175,6 +174,4 @@ class Experiment:
         """
         found = self.problems()
         if found:
-            raise ConfigError(
-                "\n".join(f"config: {line}" for line in found) if len(found) > 1 else f"config: {found[0]}"
-            )
+            raise ConfigError("\n".join(found))

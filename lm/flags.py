@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from lm import config as configs
 from lm.config import ConfigError, UserError
@@ -32,6 +32,8 @@ def run(main: Callable[[list[str]], int | None], schema: Callable[[], type] | No
         with _exit_status_2():
             sys.exit(main(argv[1:]) or 0)
 
+    # Libraries log every file they touch at INFO; a program says what matters itself.
+    logging.set_verbosity(logging.WARNING)
     app.run(guarded, flags_parser=lambda argv: _parse(list(argv), schema))
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.batch import Batch
-from lm.decoding.prompts import Prompts
+from lm.decoding.prompts import DecodingError, Prompts
 from lm.decoding.sampling import Sampling
 
 
@@ -73,7 +73,9 @@ def _batch(tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, bidi
 def _padded(tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns segment ids (1, and 0 for padding) and positions of prompts, both i32[B, T]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-    return (positions < lengths[:, None]).astype(jnp.int32), positions
+    is_real = positions < lengths[:, None]
+    # Padding may be longer than a table of positions, and what lies beyond such a table is not a number.
+    return is_real.astype(jnp.int32), jnp.where(is_real, positions, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,13 +87,15 @@ class Decoder:
       sampling: how a token is drawn.
       max_tokens: most tokens made for a prompt.
       stop_ids: a row ends when it makes one of these (the tokenizer's eos).
+      num_ids: ids from here on are never made (rows that fill up the model's table); None for all.
       bidirectional_prompt: whether the prompt's tokens see each other both ways (a prefix LM).
     """
 
     model: Any
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    sampling: Sampling = Sampling()
     max_tokens: int = 128
     stop_ids: tuple[int, ...] = ()
+    num_ids: int | None = None
     bidirectional_prompt: bool = False
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -107,7 +111,7 @@ class Decoder:
                 encoder_segment_ids=encoder_segment_ids,
                 encoder_positions=encoder_positions,
             )
-        cache = self.model.init_cache(params, num_rows, length + self.max_tokens - 1)
+        cache = self.model.init_cache(params, num_rows, length + self.max_tokens - 1, batch)
         output = self.model.apply(params, batch, cache=cache, with_logits=False)
         last_B11 = (prompts.lengths - 1)[:, None, None]
         state = State(
@@ -144,7 +148,9 @@ class Decoder:
         """Draws the next token of each row from its hidden state."""
         logits_BV = self.model.logits(params, hidden_B1D)[:, 0].astype(jnp.float32)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(state.key, row), state.step))(state.rows)
-        token = jnp.where(state.done, 0, self.sampling.sample(logits_BV, keys))
+        allowed_V = jnp.arange(logits_BV.shape[1]) < (logits_BV.shape[1] if self.num_ids is None else self.num_ids)
+        drawn = self.sampling.sample(jnp.where(allowed_V[None], logits_BV, -jnp.inf), keys)
+        token = jnp.where(state.done, 0, drawn)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits_BV, axis=1), token[:, None], axis=1)
         log_prob = jnp.where(state.done[:, None], 0.0, log_prob)
         stops = functools.reduce(jnp.logical_or, [token == i for i in self.stop_ids], jnp.zeros_like(state.done))
@@ -162,7 +168,7 @@ class Decoder:
         """Generates for every prompt at once; call inside `lm.parallel.use(mesh, rules)`.
 
         Raises:
-          ValueError: see `check`.
+          DecodingError: see `check`.
         """
         self.check(prompts)
         state = self.advance(params, self.start(params, prompts, jax.random.key(seed)), np.int32(self.max_tokens))
@@ -174,7 +180,7 @@ class Decoder:
         The tokens are those of `generate`. Call inside `lm.parallel.use(mesh, rules)`.
 
         Raises:
-          ValueError: see `check`.
+          DecodingError: see `check`.
         """
         self.check(prompts)
         state, seen = self.start(params, prompts, jax.random.key(seed)), np.zeros(len(prompts.lengths), np.int32)
@@ -190,10 +196,20 @@ class Decoder:
         """Checks what would otherwise fail deep inside, or silently.
 
         Raises:
-          ValueError: the settings, or the prompts with `max_tokens`, cannot work with this model.
+          DecodingError: the settings, or the prompts with `max_tokens`, cannot work with this model.
         """
         problems = self.sampling.problems()
         if self.max_tokens < 1:
             problems.append(f"max_tokens is {self.max_tokens}; it is 1 or more")
+        longest, limit = int(np.max(prompts.lengths)), self.model.config.max_length
+        # The last token made is never read.
+        if longest + self.max_tokens - 1 > limit:
+            problems.append(
+                f"a prompt of {longest} tokens and max_tokens {self.max_tokens} exceed the model's max_length {limit}; "
+                "shorten the prompt or lower max_tokens"
+            )
+        if prompts.encoder_lengths is not None and int(np.max(prompts.encoder_lengths)) > limit:
+            longest = int(np.max(prompts.encoder_lengths))
+            problems.append(f"an encoder prompt of {longest} tokens exceeds the model's max_length {limit}; shorten it")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise DecodingError("; ".join(problems))

@@ -10,6 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.batch import Array
+from lm.config import UserError
+
+
+class DecodingError(UserError):
+    """Settings or prompts with which this model cannot generate."""
 
 
 class Prompts(NamedTuple):
@@ -38,7 +43,7 @@ def bucket_length(length: int, smallest: int = 16) -> int:
 def _pad(sequences: Sequence[Sequence[int] | np.ndarray], smallest: int) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.asarray([len(sequence) for sequence in sequences], np.int32)
     if not len(lengths) or lengths.min() < 1:
-        raise ValueError("a prompt has no token; begin it with the tokenizer's bos (or eos, if it has none)")
+        raise DecodingError("a prompt has no token; begin it with the tokenizer's bos (or eos, if it has none)")
     tokens = np.zeros((len(lengths), bucket_length(int(lengths.max()), smallest)), np.int32)
     for row, sequence in zip(tokens, sequences, strict=True):
         row[: len(sequence)] = sequence
@@ -61,14 +66,14 @@ def pad_prompts(
       smallest: least padded length.
 
     Raises:
-      ValueError: no prompts, a prompt without a token, or lists of different lengths.
+      DecodingError: no prompts, a prompt without a token, or lists of different lengths.
     """
     if encoder_prompts is not None and len(encoder_prompts) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but {len(encoder_prompts)} encoder prompts")
+        raise DecodingError(f"{len(prompts)} prompts, but {len(encoder_prompts)} encoder prompts")
     tokens, lengths = _pad(prompts, smallest)
     numbers = np.arange(len(prompts), dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
     if len(numbers) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but {len(numbers)} row numbers")
+        raise DecodingError(f"{len(prompts)} prompts, but {len(numbers)} row numbers")
     if encoder_prompts is None:
         return Prompts(tokens, lengths, numbers)
     return Prompts(tokens, lengths, numbers, *_pad(encoder_prompts, smallest))

@@ -6,6 +6,7 @@ on (key, layer, purpose) only.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ import jax
 from flax import linen as nn
 
 from lm.models.layers import Norm, dropout, fold
-from lm.models.mlp import MlpResult
 from lm.models.multihead import Cache, Context
 from lm.parallel import constrain
 
@@ -77,33 +77,37 @@ class Block(nn.Module):
         Returns:
           [B, T, D], and (cache, losses, metrics).
         """
-        config = self.config
-        gain = config.deep_norm(self.causal)[1]
         context = context._replace(key=fold(context.key, index))
+        attend = functools.partial(self._attend, "attention", ATTENTION, context, cache)
+        feed_forward = functools.partial(self._feed_forward, context)
+        if self.config.parallel_block:
 
-        def attend(x_BTD: jax.Array, name: str, purpose: int, cache: Cache) -> tuple[jax.Array, Cache]:
-            cross = purpose == CROSS
-            module = config.attention.build(config, self.layer, causal=self.causal, cross=cross, gain=gain, name=name)
-            return module(x_BTD, context._replace(key=fold(context.key, purpose)), cache)
+            def both(x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+                attended_BTD, new_cache = attend(x_BTD)
+                y_BTD, sums = feed_forward(x_BTD)
+                return attended_BTD + y_BTD, (new_cache, *sums)
 
-        def feed_forward(x_BTD: jax.Array) -> MlpResult:
-            module = (self.layer.mlp or config.mlp).build(config, gain=gain, name="mlp")
-            return module(x_BTD, context._replace(key=fold(context.key, MLP)))
-
-        if config.parallel_block:
-            return self._parallel(x_BTD, context, cache, attend, feed_forward)
-        x_BTD, cache = self._branch(
-            x_BTD, "attention", ATTENTION, context, lambda x: attend(x, "attention", ATTENTION, cache)
-        )
+            return self._branch(x_BTD, "attention", ATTENTION, context, both)
+        x_BTD, cache = self._branch(x_BTD, "attention", ATTENTION, context, attend)
         if self.cross:
-            x_BTD, cache = self._branch(x_BTD, "cross", CROSS, context, lambda x: attend(x, "cross", CROSS, cache))
+            attend = functools.partial(self._attend, "cross", CROSS, context, cache)
+            x_BTD, cache = self._branch(x_BTD, "cross", CROSS, context, attend)
+        x_BTD, sums = self._branch(x_BTD, "mlp", MLP, context, feed_forward)
+        return x_BTD, (cache, *sums)
 
-        def tail(x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-            y_BTD, losses, metrics = feed_forward(x_BTD)
-            return y_BTD, (losses, metrics)
+    def _attend(
+        self, name: str, purpose: int, context: Context, cache: Cache, x_BTD: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        config, gain = self.config, self.config.deep_norm(self.causal)[1]
+        cross = purpose == CROSS
+        module = config.attention.build(config, self.layer, causal=self.causal, cross=cross, gain=gain, name=name)
+        return module(x_BTD, context._replace(key=fold(context.key, purpose)), cache)
 
-        x_BTD, (losses, metrics) = self._branch(x_BTD, "mlp", MLP, context, tail)
-        return x_BTD, (cache, losses, metrics)
+    def _feed_forward(self, context: Context, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+        gain = self.config.deep_norm(self.causal)[1]
+        module = (self.layer.mlp or self.config.mlp).build(self.config, gain=gain, name="mlp")
+        y_BTD, losses, metrics = module(x_BTD, context._replace(key=fold(context.key, MLP)))
+        return y_BTD, (losses, metrics)
 
     def _branch(
         self, x_BTD: jax.Array, name: str, purpose: int, context: Context, branch: Callable[..., tuple[jax.Array, Any]]
@@ -119,23 +123,6 @@ class Block(nn.Module):
         if placement.after_sum:
             x_BTD = self._norm(f"{name}_norm", x_BTD)
         return constrain(x_BTD, "batch", "length", "activation_embed"), rest
-
-    def _parallel(
-        self,
-        x_BTD: jax.Array,
-        context: Context,
-        cache: Cache,
-        attend: Callable[..., tuple[jax.Array, Cache]],
-        feed_forward: Callable[..., MlpResult],
-    ) -> tuple[jax.Array, Any]:
-        """Adds attention and feed-forward of the same normalised input (PaLM, section 2)."""
-
-        def both(x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-            attended_BTD, new_cache = attend(x_BTD, "attention", ATTENTION, cache)
-            y_BTD, losses, metrics = feed_forward(x_BTD)
-            return attended_BTD + y_BTD, (new_cache, losses, metrics)
-
-        return self._branch(x_BTD, "attention", ATTENTION, context, both)
 
     def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
         return Norm(self.config.norm, self.config.compute_dtype, name=name)(x_BTD)

@@ -5,12 +5,13 @@ Only defaults and the choice of tower; every variant is a field of `Transformer`
 
 import dataclasses
 
-from lm.models.transformer import Transformer
+from lm.models.transformer import Transformer, document_fields
 
 
+@document_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder(Transformer):
-    __doc__ = "Settings of a decoder-only model.\n" + (Transformer.__doc__ or "").partition("\n")[2]
+    """Settings of a decoder-only model."""
 
     @property
     def decoder_depth(self) -> int:

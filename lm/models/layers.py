@@ -136,8 +136,8 @@ class Parameter(nn.meta.AxisMetadata):
       value: its shape and dtype (a `jax.ShapeDtypeStruct`).
       axes: logical name of each axis, of `lm.parallel.LOGICAL_AXES`.
       role: "matrix" is a product's operand and "table" is looked up; both may be decayed. "scale" and "bias" are not.
-      fan_in: number of inputs that are summed into one output; 1 for tables, scales and biases.
       distribution: how its initial value is drawn.
+      fan_in: number of inputs that are summed into one output; 1 for tables, scales and biases.
       input_axes: logical names of the axes that are summed over; empty for tables, scales and biases.
       active_share: share of its elements that one token meets; below 1 for the experts of a mixture.
     """
@@ -145,8 +145,8 @@ class Parameter(nn.meta.AxisMetadata):
     value: Any
     axes: tuple[str, ...]
     role: Role
-    fan_in: int
     distribution: Gaussian | Constant
+    fan_in: int = 1
     input_axes: tuple[str, ...] = ()
     active_share: float = 1.0
 
@@ -179,9 +179,9 @@ class Parameter(nn.meta.AxisMetadata):
         return dataclasses.replace(self, axes=self.axes[:index] + self.axes[index + 1 :])
 
 
-def declare(shape: tuple[int, ...], axes: tuple[str, ...], role: Role, **description: Any) -> Callable[..., Parameter]:
+def declare(shape: tuple[int, ...], axes: tuple[str, ...], role: Role, **description: Any) -> Callable[..., Any]:
     """Makes the function that Linen calls to describe a new parameter (traced for shapes, never run)."""
-    return lambda key: Parameter(jnp.zeros(shape, jnp.float32), axes, role, **({"fan_in": 1} | description))
+    return lambda key: Parameter(jnp.zeros(shape, jnp.float32), axes, role, **description)
 
 
 def match_rank(x: jax.Array, ndim: int) -> jax.Array:
@@ -213,8 +213,8 @@ def _contract_backward(equation: str, dtype: jnp.dtype, saved: Any, gradient: ja
     x, y = saved
     operands, result = equation.split("->")
     x_axes, y_axes = operands.split(",")
-    dx = _contract_low(f"{result},{y_axes}->{x_axes}", dtype, gradient, y)
-    dy = _contract_low(f"{x_axes},{result}->{y_axes}", dtype, x, gradient)
+    dx: jax.Array = _contract_low(f"{result},{y_axes}->{x_axes}", dtype, gradient, y)
+    dy: jax.Array = _contract_low(f"{x_axes},{result}->{y_axes}", dtype, x, gradient)
     return dx.astype(x.dtype), dy.astype(y.dtype)
 
 

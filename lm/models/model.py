@@ -182,7 +182,7 @@ class Model:
         """
         memory = encoder_side(batch)
         memory_BSD, _, _ = self._call(params, Inputs(batch.encoder_inputs, memory), None, method=Network.encode)
-        nothing = jnp.zeros((batch.encoder_inputs.shape[0], 1), jnp.int32)
+        nothing = jnp.zeros((memory_BSD.shape[0], 1), jnp.int32)
         side = Side(nothing, nothing, nothing.astype(jnp.bool_), jnp.zeros((1,), jnp.int32))
         cache = {**cache, "memory_segment_ids": memory.segment_ids, "memory_positions": memory.positions}
         context = _cached_context(cache, side, None)._replace(memory_BSD=memory_BSD)

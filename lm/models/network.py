@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
       side: where the tokens stand.
     """
 
-    tokens: jax.Array
+    tokens: Any
     side: Side
 
 
@@ -160,6 +160,8 @@ def main_side(batch: Batch) -> Side:
 
 def encoder_side(batch: Batch) -> Side:
     """Returns where the encoder's tokens stand; all of them see each other."""
-    slots = jnp.arange(batch.encoder_inputs.shape[1], dtype=jnp.int32)
-    everywhere = jnp.ones(batch.encoder_inputs.shape, jnp.bool_)
-    return Side(batch.encoder_segment_ids, batch.encoder_positions, everywhere, slots)
+    segment_ids = batch.encoder_segment_ids
+    if segment_ids is None or batch.encoder_positions is None:
+        raise ValueError("the model has an encoder; the batch has no encoder_inputs, segment ids and positions")
+    slots = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    return Side(segment_ids, batch.encoder_positions, jnp.ones(segment_ids.shape, jnp.bool_), slots)

@@ -209,4 +209,4 @@ class Alibi(Positions):
         del table_UN, causal
         distance_BTS = jnp.abs(keys_BS[:, None, :] - queries_BT[:, :, None]).astype(jnp.float32)
         slopes = self.slopes(num_heads).astype(np.float32)
-        return -slopes[None, :, None, None] * distance_BTS[:, None, :, :]
+        return -jnp.asarray(slopes)[None, :, None, None] * distance_BTS[:, None, :, :]

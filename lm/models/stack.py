@@ -111,12 +111,13 @@ class Stack(nn.Module):
             scanned = self.config.scan_layers and repeats > 1
             group = nn.remat(group, policy=REMAT_POLICIES[self.config.remat], prevent_cse=not scanned)
         shared = self.config.share_layers
+        in_axes: Any = (0, nn.broadcast)  # Linen's annotation leaves out the tuples that its documentation describes.
         return nn.scan(
             group,
             variable_axes={} if shared else {"params": 0},
             variable_broadcast="params" if shared else False,
             split_rngs={"params": not shared},
-            in_axes=(0, nn.broadcast),
+            in_axes=in_axes,
             length=repeats,
             unroll=1 if self.config.scan_layers else repeats,
             metadata_params={},

@@ -37,6 +37,15 @@ class Layer:
     mlp: Mlp | None = None
 
 
+def document_fields(cls: type) -> type:
+    """Appends the settings that all transformers share to the docstring of one kind, where `--help` looks for them."""
+    heading = "\n\n    Attributes:\n"
+    shared = (Transformer.__doc__ or "").partition(heading)[2]
+    own, _, attributes = (cls.__doc__ or "").rstrip().partition(heading)
+    cls.__doc__ = own + heading + (f"{attributes}\n" if attributes else "") + shared
+    return cls
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Transformer:
     """Settings that all transformers share; build a Decoder, an Encoder or an EncoderDecoder.
@@ -166,7 +175,7 @@ class Transformer:
         return 0.81 * mixed, 0.87 / mixed
 
     def runs(self, num_layers: int) -> list[tuple[str, tuple[Layer, ...], int]]:
-        """Returns (name, layers of one repeat, repeats) for the runs of a stack, in order; a run has one repeat or more."""
+        """Returns (name, layers of one repeat, repeats) for the runs of a stack, in order; repeats are 1 or more."""
         if self.share_layers:
             return [("layers", self.layers, num_layers // len(self.layers))]
         first = self.first_layers[:num_layers]
@@ -211,13 +220,13 @@ class Transformer:
 
     def problems(self) -> list[str]:
         """Returns one sentence for each reason why these settings cannot work; empty if none."""
-        problems = []
-        for name in ("vocab_size", "num_layers", "model_dim", "num_heads", "mlp_dim", "max_length"):
-            if getattr(self, name) < 1:
-                problems.append(f"config.model.{name}: {getattr(self, name)} is not a positive number")
-        for name in ("num_kv_heads", "head_dim", "embedding_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                problems.append(f"config.model.{name}: {getattr(self, name)} is neither None nor a positive number")
+        numbers = ("vocab_size", "num_layers", "model_dim", "num_heads", "mlp_dim", "max_length")
+        optional = [name for name in ("num_kv_heads", "head_dim", "embedding_dim") if getattr(self, name) is not None]
+        problems = [
+            f"config.model.{name}: {getattr(self, name)} is not a positive number"
+            for name in (*numbers, *optional)
+            if getattr(self, name) < 1
+        ]
         if problems:
             return problems
         if not 0 <= self.dropout_rate < 1:
@@ -229,9 +238,7 @@ class Transformer:
         if not self.layers:
             problems.append("config.model.layers: the repeating pattern needs at least one layer")
         if isinstance(self.positions, Sinusoidal) and self.model_dim % 2:
-            problems.append(
-                f"config.model.positions: sinusoidal positions need an even model_dim, not {self.model_dim}"
-            )
+            problems.append(f"config.model.model_dim: {self.model_dim} must be even for sinusoidal positions")
         for layer in (*self.first_layers, *self.layers):
             if layer.window is not None and layer.window < 1:
                 problems.append(f"config.model.layers.window: {layer.window} is neither None nor a positive number")

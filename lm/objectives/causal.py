@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import Context, Traits, cut, find_missing
+from lm.objectives.base import Context, Traits, cut, find_missing, special
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,11 @@ class Causal:
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns the document's segments; none for an empty document."""
-        specials = context.vocabulary.specials
         if len(document.tokens) == 0:
             return []
-        stream = np.concatenate([[specials.bos], document.tokens, [specials.eos]]).astype(np.int32)
+        specials = context.vocabulary.specials
+        bos, eos = special(specials, "bos"), special(specials, "eos")
+        stream = np.concatenate([[bos], document.tokens, [eos]]).astype(np.int32)
         inputs = cut(stream[:-1], context.lengths.tokens)
         targets = cut(stream[1:], context.lengths.tokens)
         return [Example(i, t, np.ones(len(t), np.float32)) for i, t in zip(inputs, targets, strict=True)]

@@ -41,10 +41,8 @@ class OptimizerConfig:
       average: a moving average of the parameters, used to evaluate; None for none.
     """
 
-    rule: AdamW | Adafactor | Lion | SGD | Muon = dataclasses.field(default_factory=AdamW)
-    schedule: Constant | Cosine | Linear | WarmupStableDecay | InverseSquareRoot = dataclasses.field(
-        default_factory=Cosine
-    )
+    rule: AdamW | Adafactor | Lion | SGD | Muon = AdamW()
+    schedule: Constant | Cosine | Linear | WarmupStableDecay | InverseSquareRoot = Cosine()
     learning_rate: float = 3e-4
     clip_norm: float | None = 1.0
     weight_decay: float = 0.1

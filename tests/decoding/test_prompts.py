@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm.decoding import bucket_length, pad_prompts
+from lm.decoding import DecodingError, bucket_length, pad_prompts
 
 
 @given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=40), min_size=1, max_size=5))
@@ -32,12 +32,12 @@ def test_encoder_prompts_are_padded_apart():
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
 def test_a_prompt_without_tokens_is_an_error(prompts):
-    with pytest.raises(ValueError, match="bos"):
+    with pytest.raises(DecodingError, match="bos"):
         pad_prompts(prompts)
 
 
 def test_lists_of_different_lengths_are_an_error():
-    with pytest.raises(ValueError, match="encoder prompts"):
+    with pytest.raises(DecodingError, match="encoder prompts"):
         pad_prompts([[1]], encoder_prompts=[[1], [2]])
-    with pytest.raises(ValueError, match="row numbers"):
+    with pytest.raises(DecodingError, match="row numbers"):
         pad_prompts([[1]], rows=[1, 2])

@@ -1,0 +1,75 @@
+"""Continues prompts with a trained run: python -m lm.generate --workdir=runs/quickstart --prompt="Once upon"
+
+One prompt is written as its text is made; several (or several samples) are made in batches. Prompts
+are also read from a file, or from standard input with --prompt_file=-, one a line.
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+from absl import flags
+
+from lm import flags as program
+from lm.config import ConfigError
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint (default: the newest).")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with one prompt a line; - is standard input.")
+_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.", lower_bound=1)
+_MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Most tokens to make (default: what fits, up to 256).")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy, 1 is the model's own distribution.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens only.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Draw from the most likely tokens that make up this probability only.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed; a prompt's text does not depend on the batch it sits in.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows made together.", lower_bound=1)
+
+
+def _read_prompts() -> list[str]:
+    prompts = list(_PROMPT.value)
+    if _PROMPT_FILE.value is not None:
+        try:
+            with open(0 if _PROMPT_FILE.value == "-" else _PROMPT_FILE.value, encoding="utf-8") as lines:
+                prompts += [line.rstrip("\r\n") for line in lines if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt_file={_PROMPT_FILE.value}: {error}") from error
+    return prompts or [""]
+
+
+def main(_: list[str]) -> int:
+    """Generates with the run that the flags name."""
+    if _WORKDIR.value is None:
+        raise ConfigError("give --workdir=FOLDER of a trained run")
+    prompts = [prompt for prompt in _read_prompts() for _ in range(_NUM_SAMPLES.value)]
+    from lm.decoding import Sampling, build_decoder, complete_texts, fit_max_tokens, stream_text
+    from lm.parallel import MeshConfig
+    from lm.training.assembly import load_run
+    from lm.training.workdir import read_config
+
+    sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
+    if problems := sampling.problems():
+        raise ConfigError("; ".join(f"--{problem}" for problem in problems))
+    # Parameters spread over whatever devices are here, which need not be those of the training.
+    experiment = dataclasses.replace(read_config(pathlib.Path(_WORKDIR.value)), mesh=MeshConfig(data=1, fsdp=-1))
+    run = load_run(_WORKDIR.value, _STEP.value, experiment)
+    most = fit_max_tokens(run.model, run.tokenizer, prompts, most=256)
+    most = most if _MAX_TOKENS.value is None else _MAX_TOKENS.value
+    decoder = build_decoder(run.model, run.tokenizer, experiment.objective.traits, sampling, most)
+    with run.assembly.placed():
+        if len(prompts) == 1:
+            print(prompts[0], end="", flush=True)
+            for piece in stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value):
+                print(piece, end="", flush=True)
+            print()
+            return 0
+        settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value}
+        completed = complete_texts(decoder, run.params, run.tokenizer, prompts, **settings)
+        for i, (text, continuation) in enumerate(zip(prompts, completed, strict=True)):
+            print(f"--- {i + 1} of {len(prompts)}\n{text}{continuation}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]  # a terminal may be declared ASCII
+    program.run(main)
