@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import pathlib
 import types
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from lm.data import Bytes, DataConfig, DataError, Files, SentencePiece, load_tokenizer, merge_states
 from lm.data import train_batches as open_training
 from lm.data import validation_batches as open_validation
-from tests.data.objective import Chunks, Copy
+from tests.data.objective import Chunks, Copy, Places
 
 TOKENIZER = Bytes(num_sentinels=2).build(None)
 
@@ -179,28 +180,32 @@ def test_worker_processes_do_not_change_the_batches(mixture, num_workers):
     same(take(batches, 5), plain[:5])
     state = json.loads(json.dumps(batches.get_state()))
     batches.close()
-    # A state of workers goes on without them.
+    # A state goes on with workers, and a state of workers without them.
+    batches = open_training(settings, Copy(), TOKENIZER, 3)
+    batches.set_state(state)
+    same(take(batches, 2), plain[5:7])
+    batches.close()
     batches = open_training(mixture, Copy(), TOKENIZER, 3)
     batches.set_state(state)
     same(take(batches, 7), plain[5:])
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_document_comes_once_an_epoch(config, batch_size):
-    settings = dataclasses.replace(config, validation_fraction=0.0)
-    batches = open_training(settings, Chunks(), TOKENIZER, batch_size)
-    targets = collections.Counter()
-    expected = collections.Counter()
-    for index in range(60):
-        expected += collections.Counter(TOKENIZER.encode(_texts(config)[index]).tolist())
-    while min(batches._reader.get_state()["cursors"])[0][0] * batch_size * 4 < 60:
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 80])
+def test_every_document_comes_once_an_epoch(mixture, batch_size):
+    settings = dataclasses.replace(mixture, validation_fraction=0.0)
+    batches = open_training(settings, Places(), TOKENIZER, batch_size)
+    seen = collections.Counter()
+    documents = collections.defaultdict(set)
+    while min(batches.statistics()[name] for name in ("epochs", "epochs/1")) < 4:
         batch = next(batches)
-        targets += collections.Counter(batch.targets[batch.weights > 0].tolist())
-    if batch_size == 1:
-        # One lane ends the epoch exactly when it opens the first window of the next: at most one row too many.
-        extra = targets - expected
-        assert sum(extra.values()) <= settings.sequence_length
-        assert not expected - targets
+        places = batch.targets.reshape(-1)[(batch.segment_ids > 0).reshape(-1)].reshape(-1, 2)
+        seen.update(map(tuple, places.tolist()))
+        for (epoch, _), name in zip(places.tolist(), batches.document_ids(), strict=True):
+            documents[epoch].add(name)
+    assert max(seen.values()) == 1
+    for epoch in range(2):
+        assert {index for found, index in seen if found == epoch} == set(range(65))
+        assert len(documents[epoch]) == 65
 
 
 def _texts(config):
@@ -260,6 +265,12 @@ def test_evaluation_covers_every_target_once(mixture, batch_size, process_count,
     found, expected = rows(batch_size, process_count), rows(1, 1)
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_evaluation_keeps_the_order_of_the_corpus(config):
+    single = dataclasses.replace(config, packing=False)
+    numbers = [int(n.split("#")[1]) for _, names in run(single, Chunks(), 4, None, open_validation) for n in names]
+    assert numbers == sorted(numbers)
 
 
 def test_both_sides_of_the_split_are_the_corpus(config):
@@ -369,7 +380,23 @@ def test_the_cache_does_not_change_the_batches(config):
     same(run(config, Copy(), 4, 40), run(cold, Copy(), 4, 40))
 
 
-def test_a_tokenizer_is_trained_once_on_training_text_only(config, tmp_path):
+def test_a_tokenizer_sees_training_documents_only(mixture):
+    class Choice:
+        def build(self, text):
+            self.seen = list(text.sample(10**9))
+            self.some = list(text.sample(200))
+            return TOKENIZER
+
+    choice = Choice()
+    load_tokenizer(choice, mixture, pathlib.Path(mixture.sources[0].paths[0]).parent / "t")
+    single = dataclasses.replace(mixture, sources=tuple(dataclasses.replace(s, weight=1.0) for s in mixture.sources))
+    names = {name for _, ids in run(dataclasses.replace(single, num_epochs=1), Chunks(), 2, None) for name in ids}
+    assert len(choice.seen) == len(set(choice.seen)) == len(names) < 65
+    assert choice.some == choice.seen[: len(choice.some)]
+    assert 200 <= sum(map(len, choice.some)) < 240
+
+
+def test_a_tokenizer_is_trained_once(config, tmp_path):
     path = tmp_path / "w.jsonl"
     path.write_text("".join(json.dumps({"text": f"word{number} " * 20}) + "\n" for number in range(100)))
     choice = SentencePiece(vocab_size=340, num_sentinels=2, character_coverage=1.0)
