@@ -6,9 +6,11 @@ Law: a document's id and its side of the split depend on its file's name and its
 never on how the corpus is read.
 """
 
+import bisect
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
 import pathlib
 import sys
@@ -91,14 +93,14 @@ class TextCorpus:
 
     def __init__(self, names: Sequence[str], texts: Sequence[formats.Texts], paths: Sequence[str]) -> None:
         self._names, self._texts, self._paths = names, texts, paths
-        self._ends = np.cumsum([len(one) for one in texts], dtype=np.int64)
+        self._ends = list(itertools.accumulate(len(one) for one in texts))
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def _locate(self, index: int) -> tuple[int, int]:
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, int(index - (self._ends[file - 1] if file else 0))
+        file = bisect.bisect_right(self._ends, index)
+        return file, index - (self._ends[file - 1] if file else 0)
 
     def document_id(self, index: int) -> str:
         """Returns `name#number` of a document."""
