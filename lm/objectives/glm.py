@@ -38,7 +38,7 @@ class ShortBlanks:
         del vocabulary  # Spans ignore the text.
         total, lengths = len(tokens), []
         while sum(lengths) < self.mask_rate * total:
-            room = total - sum(lengths) - len(lengths)  # One token between two blanks.
+            room = total - sum(lengths) - max(len(lengths), 1)  # One token between two blanks, one at least to see.
             if room < 1:
                 break
             length = int(rng.poisson(self.mean_span_length))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from lm import parallel
 from lm.batch import Batch
 from lm.config import ConfigError
-from lm.data import load_tokenizer, training_text
+from lm.data import load_tokenizer
 from lm.experiment import Experiment
 from lm.optim import build_optimizer
 from lm.training.checkpoints import restore_params
@@ -181,7 +181,7 @@ def load_run(workdir: str, step: int | None = None, experiment: Experiment | Non
     path = pathlib.Path(workdir).expanduser()
     experiment = read_config(path) if experiment is None else experiment
     use_compilation_cache(experiment.compilation_cache)
-    tokenizer = load_tokenizer(experiment.data.tokenizer, training_text(experiment.data), path / "tokenizer")
+    tokenizer = load_tokenizer(experiment.data.tokenizer, None, path / "tokenizer")
     assembly = assemble(experiment, tokenizer)
     step, params = restore_params(path, assembly.state.params, step)
     return Run(assembly, params, step, path)

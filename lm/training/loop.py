@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from lm.data import fingerprint, load_tokenizer, train_batches, training_text
+from lm.data import fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
 from lm.parallel.hardware import peak_flops
 from lm.training.assembly import Assembly, assemble, use_compilation_cache
@@ -264,7 +264,7 @@ def train(
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir, experiment, force_config=force_config)
     with locked(folder):
-        tokenizer = load_tokenizer(experiment.data.tokenizer, training_text(experiment.data), folder / "tokenizer")
+        tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
         batches = train_batches(
             experiment.data,
