@@ -22,6 +22,7 @@ class Meter:
         peak = peak_flops(device)
         self._peak = None if peak is None else peak * assembly.mesh.size
         self._skip_first = True
+        self._all_tokens, self._all_seconds = 0.0, 0.0
         self.tokens_per_second = math.nan
         self.restart()
 
@@ -43,11 +44,18 @@ class Meter:
         self._tokens += tokens
         self.tokens_per_second = self._tokens / max(time.perf_counter() - self._start, 1e-9)
 
+    @property
+    def overall(self) -> float:
+        """Tokens/s over everything that was read; not a number before the first reading."""
+        return self._all_tokens / self._all_seconds if self._all_seconds else math.nan
+
     def read(self) -> dict[str, float]:
         """Returns the figures since the last reading and starts anew; empty before the second step."""
         if not self._steps:
             return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
+        self._all_tokens += self._tokens
+        self._all_seconds += seconds
         flops = self._flops * self._positions * self._steps / seconds
         figures = {
             "tokens_per_second": self._tokens / seconds,
