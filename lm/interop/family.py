@@ -199,4 +199,3 @@ def fold_layers(layers: Sequence[Layer]) -> dict[str, tuple[Layer, ...]]:
             if all(layers[i] == layers[i - period] for i in range(length, count)):
                 return {"first_layers": tuple(layers[:first]), "layers": tuple(layers[first:length])}
     return {"first_layers": (), "layers": (Layer(),)}
-

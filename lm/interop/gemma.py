@@ -105,9 +105,7 @@ def _read_gemma3(config: Config) -> Decoder:
     local = Rotary(theta=float(local_theta))
     if "sliding_attention" in parameters:
         local = read_rotary(config, "sliding_attention", local_theta)
-    attention = MultiHead(
-        scale=_scale(config), qk_norm="head", logit_softcap=config.get("attn_logit_softcapping")
-    )
+    attention = MultiHead(scale=_scale(config), qk_norm="head", logit_softcap=config.get("attn_logit_softcapping"))
     layers = _read_layers(
         config,
         config.get("sliding_window_pattern", config.get("_sliding_window_pattern", 6)),

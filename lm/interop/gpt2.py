@@ -31,7 +31,13 @@ ROWS = (
     row("transformer.ln_f.bias", "decoder/final_norm/bias"),
     row("lm_head.weight", "head/projection/kernel", equation="V D -> D V"),
 )
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 
 def read(config: Config) -> Decoder:
@@ -49,9 +55,7 @@ def read(config: Config) -> Decoder:
         norm=LayerNorm(epsilon=config.get("layer_norm_epsilon", 1e-5)),
         positions=Learned(),
         attention=MultiHead(use_qkv_bias=True, use_output_bias=True, dropout_rate=config.get("attn_pdrop", 0.1)),
-        mlp=Mlp(
-            activation=config.choose("activation_function", ACTIVATIONS, "gelu_new"), gated=False, use_bias=True
-        ),
+        mlp=Mlp(activation=config.choose("activation_function", ACTIVATIONS, "gelu_new"), gated=False, use_bias=True),
         tied_embeddings=config.get("tie_word_embeddings", True),
         dropout_rate=config.get("resid_pdrop", 0.1),
     )

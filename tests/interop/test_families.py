@@ -97,7 +97,9 @@ def test_logits_are_those_of_the_original(case, folders, record_property):
     in_rows = [rows[i, : len(text)] for i, text in enumerate(texts)]
     in_one = np.split(logits_of(model, params, packed(texts))[0], np.cumsum(LENGTHS))[: len(texts)]
     worst = max(np.abs(a - b).max() for found in (in_rows, in_one) for a, b in zip(found, expected, strict=True))
-    print(f"{case.name}: largest difference of logits {worst:.1e}, largest logit {max(np.abs(e).max() for e in expected):.1f}")
+    print(
+        f"{case.name}: largest difference of logits {worst:.1e}, largest logit {max(np.abs(e).max() for e in expected):.1f}"
+    )
     assert worst < TOLERANCE
 
 
