@@ -36,7 +36,7 @@ class DataConfig:
       num_epochs: training ends after so many passes; None never ends.
       prefetch: batches made ahead of time.
       num_workers: processes that make them; 0 is a thread of the program's own process.
-      cache_megabytes: tokens kept in memory, so that later epochs do not tokenise again.
+      cache_megabytes: text and tokens kept in memory, so that later epochs neither read nor tokenise again.
     """
 
     source: str = ""
