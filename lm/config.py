@@ -164,7 +164,7 @@ def parse(hint: Any, text: str, path: str, current: Any = None) -> Any:
         return _parse_any(hint, text, current)
     except ValueError:
         pass
-    names = [a.__name__ for a in _alternatives(hint) if dataclasses.is_dataclass(a)]
+    names = [describe(a) for a in _alternatives(hint) if dataclasses.is_dataclass(a)]
     names += [str(a) for h in _alternatives(hint) if typing.get_origin(h) is Literal for a in typing.get_args(h)]
     near = f"; {_nearest(text, names)}" if names else ""
     raise ConfigError(f"{path}: {text!r} is not {describe(hint)}{near}")

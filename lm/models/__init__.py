@@ -3,6 +3,9 @@
 from lm.models.attention import Chunked as Chunked
 from lm.models.attention import Plain as Plain
 from lm.models.decoder import Decoder as Decoder
+from lm.models.encdec import EncoderDecoder as EncoderDecoder
+from lm.models.encoder import Encoder as Encoder
+from lm.models.heads import HeadTransform as HeadTransform
 from lm.models.layers import FanInInitializer as FanInInitializer
 from lm.models.layers import LayerNorm as LayerNorm
 from lm.models.layers import NormalInitializer as NormalInitializer

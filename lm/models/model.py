@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from lm.batch import Batch, WeightedSum
 from lm.models.attention import Side
+from lm.models.heads import label_sums
 from lm.models.layers import Parameter
 from lm.models.multihead import Context
-from lm.models.network import Inputs, Network, encoder_side, main_side
+from lm.models.network import Inputs, Network, encoder_inputs, main_inputs
 from lm.models.stack import add_sums
 from lm.models.transformer import Transformer
 from lm.parallel import shapes_only
@@ -31,8 +32,8 @@ class Output(NamedTuple):
     Attributes:
       hidden: [B, T, D] in the compute dtype, what `Model.logits` turns into logits.
       logits: f32[B, T, V], or None if they were not wanted.
-      losses: the model's own losses (of routers), times their coefficients; each is to be divided by its weight
-        and added to the objective's.
+      losses: the model's own losses (of routers, of labels), times their coefficients; each is to be divided by its
+        weight and added to the objective's.
       metrics: what is worth logging.
       cache: the cache with this batch appended, or None.
     """
@@ -114,7 +115,8 @@ class Model:
         Raises:
           RuntimeError: outside `lm.parallel.use(mesh, rules)`.
         """
-        side = main_side(batch)
+        inputs = main_inputs(batch)
+        side = inputs.side
         context = Context(side, side, key=key)
         losses: dict[str, WeightedSum] = {}
         metrics: dict[str, WeightedSum] = {}
@@ -122,20 +124,26 @@ class Model:
             cache = _append(cache, side)
             context = _cached_context(cache, side, key)
         elif self._reads_encoder:
-            memory = encoder_side(batch)
-            inputs = Inputs(batch.encoder_inputs, memory)
-            memory_BSD, losses, metrics = self._call(params, inputs, key, method=Network.encode)
-            context = context._replace(memory_BSD=memory_BSD, memory=memory)
+            read = encoder_inputs(batch)
+            memory_BSD, losses, metrics = self._call(params, read, key, method=Network.encode)
+            context = context._replace(memory_BSD=memory_BSD, memory=read.side)
         layers = None if cache is None else cache["layers"]
-        hidden_BTD, layers, more_losses, more_metrics = self._call(params, Inputs(batch.inputs, side), context, layers)
+        hidden_BTD, layers, more_losses, more_metrics = self._call(params, inputs, context, layers)
+        losses, metrics = add_sums(losses, more_losses), add_sums(metrics, more_metrics)
+        if self.config.num_classes and batch.label_targets is not None:
+            losses["labels"], metrics["label_accuracy"] = label_sums(self.class_logits(params, hidden_BTD), batch)
         if cache is not None:
             cache = {**cache, "layers": layers, "index": cache["index"] + batch.inputs.shape[1]}
         logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
-        return Output(hidden_BTD, logits_BTV, add_sums(losses, more_losses), add_sums(metrics, more_metrics), cache)
+        return Output(hidden_BTD, logits_BTV, losses, metrics, cache)
 
     def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
         """Returns f32[B, T, V] for hidden states [B, T, D], soft-cap included; any chunk of positions will do."""
         return self._call(params, hidden, method=Network.logits)
+
+    def class_logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
+        """Returns f32[B, T, num_classes] for hidden states [B, T, D]; of use where an example's first token stands."""
+        return self._call(params, hidden, method=Network.class_logits)
 
     def init_cache(self, params: Parameters, batch_size: int, length: int, batch: Batch | None = None) -> Cache:
         """Makes an empty cache, a plain pytree.
@@ -151,6 +159,8 @@ class Model:
           [repeats, B, S, ...]. `select_rows` picks rows of it.
         """
         config = self.config
+        if not config.decoder_depth:
+            raise ValueError("init_cache: an encoder has nothing to cache, since every position sees every other")
         layers = {
             name: {
                 f"block_{i}": jax.tree.map(
@@ -180,8 +190,9 @@ class Model:
 
         The decoder is run once on a padding token, which nothing will read and the first token will overwrite.
         """
-        memory = encoder_side(batch)
-        memory_BSD, _, _ = self._call(params, Inputs(batch.encoder_inputs, memory), None, method=Network.encode)
+        read = encoder_inputs(batch)
+        memory = read.side
+        memory_BSD, _, _ = self._call(params, read, None, method=Network.encode)
         nothing = jnp.zeros((memory_BSD.shape[0], 1), jnp.int32)
         side = Side(nothing, nothing, nothing.astype(jnp.bool_), jnp.zeros((1,), jnp.int32))
         cache = {**cache, "memory_segment_ids": memory.segment_ids, "memory_positions": memory.positions}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lm.models import accounting
 from lm.models.block import PLACEMENTS
+from lm.models.heads import HeadTransform
 from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
 from lm.models.mlp import Mlp
 from lm.models.multihead import MultiHead
@@ -30,11 +31,14 @@ class Layer:
       window: how far the layer sees, in positions (see `lm.models.attention.Layout`); None is everywhere.
       positions: the layer's own rotation or bias; None means the model's.
       mlp: the layer's own feed-forward; None means the model's.
+      normalize_attention: whether attention has the norm before it that the placement asks for (not in ModernBERT's
+        first layer, which follows the norm of the embeddings).
     """
 
     window: int | None = None
     positions: NoPositions | Rotary | Alibi | None = None
     mlp: Mlp | None = None
+    normalize_attention: bool = True
 
 
 def document_fields(cls: type) -> type:
@@ -70,6 +74,10 @@ class Transformer:
       parallel_block: whether attention and feed-forward read the same normalised input (PaLM).
       tied_embeddings: whether the output projection is the embedding table.
       head_bias: whether logits have a bias.
+      head_transform: a dense layer, activation and norm before the output projection (BERT); None is none.
+      num_classes: labels of the head on the pooled state, for sentence pairs; 0 is no such head.
+      num_token_types: rows of the table of token types (BERT's segments); 0 is no such table.
+      num_block_positions: rows of the table of second positions, inside a blank (GLM); 0 is no such table.
       embedding_dim: width of the embedding table, if it is projected to model_dim (ALBERT); None means model_dim.
       embedding_norm: whether embeddings are normalised (BERT).
       scale_embeddings: whether embeddings are multiplied by sqrt(model_dim) (2017, Gemma).
@@ -102,6 +110,10 @@ class Transformer:
     parallel_block: bool = False
     tied_embeddings: bool = True
     head_bias: bool = False
+    head_transform: HeadTransform | None = None
+    num_classes: int = 0
+    num_token_types: int = 0
+    num_block_positions: int = 0
     embedding_dim: int | None = None
     embedding_norm: bool = False
     scale_embeddings: bool = False
@@ -227,8 +239,18 @@ class Transformer:
             for name in (*numbers, *optional)
             if getattr(self, name) < 1
         ]
+        problems += [
+            f"config.model.{name}: {getattr(self, name)} is negative"
+            for name in ("num_classes", "num_token_types", "num_block_positions")
+            if getattr(self, name) < 0
+        ]
         if problems:
             return problems
+        if self.embedding_dim is not None and self.head_transform is None:
+            problems.append(
+                "config.model.embedding_dim: the head must bring the model's width back to the embedding's; set"
+                " head_transform"
+            )
         if not 0 <= self.dropout_rate < 1:
             problems.append(f"config.model.dropout_rate: {self.dropout_rate} is not in [0, 1)")
         return problems + self.attention.problems(self) + self.mlp.problems(self) + self._layer_problems()

@@ -62,7 +62,7 @@ def greedy(model):
 
 
 def pad(encoder_prompts):
-    return pad_prompts([[1]] * len(encoder_prompts), encoder_prompts=encoder_prompts, smallest=1)
+    return pad_prompts([[1]] * len(encoder_prompts), encoder_prompts=encoder_prompts, smallest=8)
 
 
 @functools.partial(jax.jit, static_argnums=0)

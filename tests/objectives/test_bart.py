@@ -40,7 +40,7 @@ def test_lengths_that_are_too_few_are_refused():
 
 def test_counts_have_no_binary_surprises():
     assert count_noise(0.3, 10) == 3
-    assert count_noise(0.1, 30) == 3  # 0.1 * 30 = 3.0000000000000004
+    assert count_noise(0.07, 100) == 7  # 0.07 * 100 = 7.000000000000001
     assert count_noise(0.3, 11) == 4
     assert count_noise(0.0, 11) == 0
     assert all(count_noise(0.15, 100 * k) == 15 * k for k in range(1, 200))
@@ -56,6 +56,21 @@ def test_zero_lengths_have_their_poisson_share():
             assert kept.sum() == 100
             zeros, positives = zeros + inserted, positives + len(kept)
         assert abs(zeros / (zeros + positives) - math.exp(-mean)) < 0.006
+
+
+def test_the_worked_example():
+    class Drawn(BART):
+        def draw_lengths(self, budget, rng):
+            return np.array([2, 1]), 1
+
+    tokens = VOCABULARY.encode("abcdefghij")
+    objective = Drawn(random_rate=0.0, whole_words=False)
+    sources = {
+        VOCABULARY.decode(objective.infill(tokens, VOCABULARY, make_context(index=index).rng(0)))
+        for index in range(2000)
+    }
+    assert "ab<4><4>efg<4>ij" in sources
+    assert {len(source.replace("<4>", "M")) for source in sources} == {10}
 
 
 def matches(source, text):

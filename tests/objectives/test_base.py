@@ -1,3 +1,4 @@
+import dataclasses
 import typing
 
 import numpy as np
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 import lm.objectives
 from lm.batch import Document, SpecialTokens
+from lm.config import field_help
 from lm.objectives.base import cut, find_missing, special
 from tests.objectives.table import ROWS
 from tests.objectives.vocabulary import make_context
@@ -52,6 +54,24 @@ def test_static_generators_depend_on_the_document_and_the_turn():
 
     assert draw("a", 0) == draw("a", 2, index=9)
     assert len({draw("a", 0), draw("a", 1), draw("b", 0), draw("a", 0, purpose=1)}) == 4
+
+
+def config_classes(hint):
+    if dataclasses.is_dataclass(hint):
+        yield hint
+        for inner in typing.get_type_hints(hint).values():
+            yield from config_classes(inner)
+    for inner in typing.get_args(hint):
+        yield from config_classes(inner)
+
+
+def test_every_setting_is_documented():
+    classes = set(config_classes(lm.objectives.AnyObjective))
+    assert len(classes) > 20
+    for cls in classes:
+        documented = field_help(cls)
+        for field in dataclasses.fields(cls):
+            assert documented.get(field.name, "").strip(), f"{cls.__name__}.{field.name}"
 
 
 def test_every_objective_is_offered_and_tested():

@@ -19,7 +19,7 @@ from tests.objectives.vocabulary import (
 
 def test_the_worked_example():
     specials = SpecialTokens(pad=0, mask=90, sop=91, eop=92)
-    e = arrange_blanks(np.arange(1, 7), [(2, 3), (4, 6)], np.array([1, 0]), specials)
+    e = arrange_blanks(np.arange(1, 7), np.array([[2, 3], [4, 6]]), np.array([1, 0]), specials)
     assert e.inputs.tolist() == [1, 2, 90, 4, 90, 91, 5, 6, 91, 3]
     assert e.targets.tolist() == [0, 0, 0, 0, 0, 5, 6, 92, 3, 92]
     assert e.weights.tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]

@@ -87,6 +87,13 @@ def test_labels_say_what_follows_what():
     assert 0.5 < np.mean(labels) < 0.75  # More than half: single sentences are always paired at random.
 
 
+def test_sentences_that_a_random_text_displaced_are_used_again():
+    texts = NextSentence(short_rate=0.0, random_rate=1.0)
+    for index in range(20):
+        made = sequences(texts, make_document(SENTENCES), tokens=2000, index=index)
+        assert "".join(parts(s)[0] for s in made) == SENTENCES
+
+
 def test_swaps_are_a_coin():
     labels = []
     for index in range(300):

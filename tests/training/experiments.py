@@ -22,8 +22,7 @@ def tiny(source: str = "", **changes: object) -> Experiment:
         model=llama3.get_model("tiny"),
         data=DataConfig(source=source, tokenizer=Bytes(num_sentinels=10), sequence_length=16, validation_fraction=0.3),
         optimizer=OptimizerConfig(schedule=Constant(), learning_rate=1e-2),
-        mesh=parallel.MeshConfig(data=1),
-        batch_size=4,
+        batch_size=8,
         num_steps=6,
         evaluation=EvaluationConfig(num_batches=1),
         checkpoint=CheckpointConfig(every=2),
@@ -36,7 +35,8 @@ def tiny(source: str = "", **changes: object) -> Experiment:
 def random_batch(rows: int = 4, length: int = 16, seed: int = 0) -> Batch:
     """A packed batch: two segments a row, padding at the end, uneven weights."""
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(0, 256, (rows, length + 1)).astype(np.int32)
+    text = np.flatnonzero(TOKENIZER.token_bytes)
+    tokens = rng.choice(text, (rows, length + 1)).astype(np.int32)
     segments = np.ones((rows, length), np.int32)
     segments[:, length // 2 :] = 2
     segments[:, -2:] = 0

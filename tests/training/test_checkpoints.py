@@ -1,6 +1,5 @@
 """Checkpoints: what is saved comes back bit for bit; damage falls back to the one before and says so."""
 
-import dataclasses
 import shutil
 
 import jax
@@ -16,7 +15,7 @@ from tests.training.experiments import TOKENIZER, tiny
 
 @pytest.fixture(scope="module")
 def assembly():
-    return assemble(tiny(mesh=dataclasses.replace(tiny().mesh, data=8), batch_size=8), TOKENIZER)
+    return assemble(tiny(), TOKENIZER)
 
 
 def _states(assembly, number):
