@@ -343,8 +343,11 @@ def test_bad_data_stop_the_batches_with_their_place(config, tmp_path):
     path.write_text('{"text": "a"}\n{"text": \n')
     for prefetch in (0, 2):
         bad = dataclasses.replace(config, source=str(path), prefetch=prefetch, validation_fraction=0.0)
+        batches = open_training(bad, Chunks(), TOKENIZER, 2)
         with pytest.raises(DataError, match=r"bad\.jsonl:2 is not valid JSON"):
-            run(bad, Chunks(), 2, 5)
+            take(batches, 5)
+        with pytest.raises(ValueError, match="closed"):
+            next(batches)
 
 
 def test_rows_must_be_divisible_among_processes(config):
