@@ -5,6 +5,7 @@ from lm.models.attention import Plain as Plain
 from lm.models.decoder import Decoder as Decoder
 from lm.models.encdec import EncoderDecoder as EncoderDecoder
 from lm.models.encoder import Encoder as Encoder
+from lm.models.generator import Generator as Generator
 from lm.models.heads import HeadTransform as HeadTransform
 from lm.models.layers import FanInInitializer as FanInInitializer
 from lm.models.layers import LayerNorm as LayerNorm

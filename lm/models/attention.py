@@ -8,7 +8,7 @@ equal results in every kernel.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,9 @@ def _group(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
 class Plain:
     """All scores at once; memory grows with T times S."""
 
+    # Whether the kernel cannot let positions see ahead.
+    causal_only: ClassVar[bool] = False
+
     def attend(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
     ) -> jax.Array:
@@ -145,6 +148,7 @@ class Chunked:
       chunk: number of keys at a time.
     """
 
+    causal_only: ClassVar[bool] = False
     chunk: int = 512
 
     def attend(
