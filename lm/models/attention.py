@@ -8,7 +8,7 @@ equal results in every kernel.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +160,9 @@ def _ungroup(out_BKGTH: jax.Array, dtype: jnp.dtype) -> jax.Array:
 class Plain:
     """All scores at once; memory grows with T times S."""
 
+    # Whether the kernel cannot let positions see ahead.
+    causal_only: ClassVar[bool] = False
+
     def attend(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
     ) -> jax.Array:
@@ -191,6 +194,7 @@ class Chunked:
       chunk: number of keys at a time.
     """
 
+    causal_only: ClassVar[bool] = False
     chunk: int = 512
 
     def attend(
