@@ -13,7 +13,8 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm.models.layers import contract, dropout, soft_cap
+from lm.models.layers import dropout, soft_cap
+from lm.models.products import contract
 
 # Finite, so that a row without any allowed key stays finite.
 MASKED = -1e30
