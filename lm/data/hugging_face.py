@@ -120,7 +120,8 @@ class HuggingFaceTokenizer:
         self._table = own.PieceTable(pieces, special)
         self.specials = _find_specials(ids)
         self.size = len(self._table)
-        self.token_bytes, self.starts_word = self._table.token_bytes, self._starts_word(ids, description)
+        self.token_bytes = self._table.token_bytes
+        self.starts_word = self._starts_word(ids, description)
         self.pieces = self._table.pieces
         self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -158,7 +159,7 @@ class HuggingFace:
       path: the tokenizer.json, or a folder that holds one.
     """
 
-    path: str
+    path: str = ""
 
     @property
     def _file(self) -> pathlib.Path:

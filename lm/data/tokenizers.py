@@ -321,7 +321,7 @@ class Saved:
       directory: the folder that holds its vocabulary.json.
     """
 
-    directory: str
+    directory: str = ""
 
     def problems(self) -> list[str]:
         """Returns one sentence for each reason why this cannot work."""
@@ -350,27 +350,3 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
         return readers[found["kind"]](found)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{folder} holds no whole tokenizer: {error}") from None
-
-
-class Choice(Protocol):
-    """What every tokenizer setting can do."""
-
-    def build(self, text: TrainingText) -> Tokenizer:
-        """Returns the tokenizer, trained on `text` if it must be."""
-        ...
-
-
-def load_tokenizer(choice: Choice, text: TrainingText, directory: str | os.PathLike[str]) -> Tokenizer:
-    """Returns the tokenizer stored in `directory`; where there is none, builds it and stores it there.
-
-    Args:
-      choice: the setting, `DataConfig.tokenizer`.
-      text: what to train on, `training_text(config)`.
-      directory: the run's own folder for its tokenizer. Several processes may call this at once on one
-        file system: training is deterministic and files appear whole.
-    """
-    if pathlib.Path(directory, DESCRIPTION).is_file():
-        return load(directory)
-    tokenizer = choice.build(text)
-    tokenizer.save(directory)
-    return tokenizer
