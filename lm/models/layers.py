@@ -248,8 +248,13 @@ class Einsum(nn.Module):
     float32_result: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the product, in the compute dtype unless float32_result."""
+    def __call__(self, x: jax.Array, equation: str | None = None) -> jax.Array:
+        """Returns the product, in the compute dtype unless float32_result.
+
+        Args:
+          x: the first operand.
+          equation: another product of the same kernel, where there is no bias (absorbed projections).
+        """
         operands, result = self.equation.split("->")
         letters = operands.split(",")[1]
         sizes = {**self.config.sizes, **dict(self.sizes)}
@@ -269,7 +274,7 @@ class Einsum(nn.Module):
                 active_share=self.active_share,
             ),
         )
-        y = contract(self.equation, x, kernel, self.config.compute_dtype)
+        y = contract(equation or self.equation, x, kernel, self.config.compute_dtype)
         if self.use_bias:
             outputs = [letter for letter in letters if letter in result]
             shape = tuple(sizes[letter] for letter in outputs)
