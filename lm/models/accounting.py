@@ -1,7 +1,7 @@
 """What a model costs: parameters, floating point operations and cache, from its description alone.
 
-Allocates nothing. One counter for encoders, decoders and pairs, dense or mixtures. Law: the counts follow from the parameter tree and the settings, so that a new layer
-is counted without being listed here.
+Allocates nothing. One counter for encoders, decoders and pairs, dense or mixtures. Law: the counts
+follow from the parameter tree and the settings, so that a new layer is counted without being listed here.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,8 @@ def matrix_parameters(config: "Transformer", parameters: Any, prefixes: tuple[st
     total = 0.0
     for path, parameter in leaves(parameters):
         if parameter.role == "matrix" and path.startswith(prefixes):
-            depth = config.encoder_depth if path.startswith("encoder/") else config.decoder_depth
+            in_decoder = path.startswith("decoder/")
+            depth = config.decoder_depth if in_decoder else config.encoder_depth
             uses = depth // len(config.layers) if config.share_layers and "/stack/" in path else 1
             total += parameter.size * parameter.active_share * uses
     return total
@@ -79,7 +80,11 @@ def flops_per_token(config: "Transformer", parameters: Any, length: int, encoder
     """
     both = config.encoder_depth > 0 and config.decoder_depth > 0
     main = "decoder" if config.decoder_depth else "encoder"
-    forward = 2 * matrix_parameters(config, parameters, (f"{main}/", "head/", "classifier/"))
+    forward = 2 * matrix_parameters(config, parameters, (f"{main}/", "head/", "classifier/", "detector/"))
+    generator = config.generator_settings
+    if generator is not None:
+        forward += 2 * matrix_parameters(generator, parameters, ("generator/",))
+        forward += attention_flops(generator, generator.encoder_depth, length, causal=False)
     if config.tied_embeddings:
         forward += 2 * config.vocab_size * config.embedding_width
     depth = config.decoder_depth or config.encoder_depth

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.models.grouped import grouped_product
-from lm.models.layers import Product, contract
+from lm.models.products import Product, contract
 from lm.models.routing import Routing
 from lm.parallel import constrain
 

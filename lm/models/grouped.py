@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.models.layers import contract
+from lm.models.products import contract
 
 # Rows of one product on a CPU: enough to hide reading the matrix, few enough that a group's last block wastes little.
 MAX_BLOCK = 256

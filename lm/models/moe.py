@@ -16,9 +16,10 @@ from flax import linen as nn
 from lm.batch import WeightedSum
 from lm.models import routing as balance
 from lm.models.dispatch import Capacity, Dense, Dropless
-from lm.models.layers import Constant, Einsum, Product, contract, declare, dropout, fold
+from lm.models.layers import Constant, Einsum, declare, dropout, fold
 from lm.models.mlp import ACTIVATIONS, Activation, Mlp, MlpResult
 from lm.models.multihead import Context
+from lm.models.products import Product, contract
 from lm.models.routing import Router, Routing
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ Tree = Any  # a nested dict of arrays, of shapes, of axes or of shardings
 
 
 class TrainState(NamedTuple):
-    """What a train step reads and returns.
+    """What a train step reads and returns; also the tree of its shapes, and of its shardings.
 
     Attributes:
       step: i32[], number of updates done.
@@ -28,11 +28,11 @@ class TrainState(NamedTuple):
       key: typed PRNG key of the run; folded with the step, never split.
     """
 
-    step: jax.Array
+    step: Any
     params: Tree
     opt_state: Tree
     average: Tree
-    key: jax.Array
+    key: Any
 
 
 def init_state(model: Any, optimizer: optax.GradientTransformation, seed: jax.Array, average: Any) -> TrainState:

@@ -183,7 +183,9 @@ def test_equals_deepseek_v3(normalize):
 def test_equals_deepseek_v2():
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.deepseek_v2.modeling_deepseek_v2")
-    config = modeling.DeepseekV2Config(**DEEPSEEK, topk_method="group_limited_greedy")
+    config = modeling.DeepseekV2Config(
+        **DEEPSEEK, num_attention_heads=4, num_key_value_heads=4, topk_method="group_limited_greedy"
+    )
     block = _randomize(torch, modeling.DeepseekV2Moe(config))
     groups = ExpertGroups(num_groups=4, num_selected=2, score="best")
     _deepseek(torch, block, groups, Router(scale=2.5))
