@@ -263,7 +263,8 @@ class Model:
     def _count(self, params: Parameters, *arguments: Any, method: Any = None) -> tuple[Any, Parameters]:
         """Calls the network and returns its result and the statistics of its layers."""
         network = Network(self.config)
-        result, state = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        called: Any = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        result, state = called
         return result, dict(state.get("statistics", {}))
 
     def _call(self, params: Parameters, *arguments: Any, method: Any = None) -> Any:
