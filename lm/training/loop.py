@@ -121,8 +121,7 @@ class TrainLoop:
                     self._evaluate(box[0], whole=True)
                 self._save(box[0])
                 self.checkpoints.wait()
-            if not finished:
-                self._progress.say(f"stopped after step {self.step}; saved. The same command goes on from here.")
+            self._say_goodbye(finished)
             return finished
         except UserError:
             # Something outside the state is wrong (data, disk): what was computed is kept.
@@ -132,6 +131,17 @@ class TrainLoop:
         finally:
             self._progress.close()
             self._writer.close()
+
+    def _say_goodbye(self, finished: bool) -> None:
+        if not finished:
+            self._progress.say(f"stopped after step {self.step}; saved. The same command goes on from here.")
+            return
+        data = self.batches.statistics()
+        self._progress.say(
+            f"finished: {self.step} steps, {self.counters.seen_tokens:,} tokens; train step "
+            f"{self._meter.overall:,.0f} tokens/s, data pipeline {data['tokens_per_second']:,.0f} tokens/s when not "
+            f"waited for, {data['padding_fraction']:.1%} padding. Everything is in {self.workdir}"
+        )
 
     def _run_steps(self, box: list[TrainState], stop: threading.Event) -> bool:
         """Runs steps, leaving the newest state in `box`; returns whether the run is done."""

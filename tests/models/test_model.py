@@ -52,6 +52,10 @@ DECODERS = {
         layers=(models.Layer(window=3), models.Layer(positions=models.Rotary(theta=100.0, fraction=0.5))),
         norm_placement="deep",
     ),
+    "latent": dataclasses.replace(
+        SMALL, attention=models.Latent(query_rank=6, kv_rank=8, nope_dim=6, rotary_dim=4, value_dim=5)
+    ),
+    "shaw": dataclasses.replace(SMALL, positions=models.Relative(max_distance=3)),
 }
 
 
