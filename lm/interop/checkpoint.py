@@ -140,6 +140,11 @@ def load_params(folder: str | pathlib.Path, config: Transformer | None = None) -
     return _nest(leaves)
 
 
+def import_params(folder: str, config: Transformer) -> dict[str, Any] | None:
+    """Returns the parameters of a checkpoint folder as `load_params` does; None if the folder is no such checkpoint."""
+    return load_params(folder, config) if is_checkpoint(folder) else None
+
+
 def _match(family: Family, folder: pathlib.Path, entries: list[Entry], tensors: Tensors) -> dict[str, str]:
     """Returns the name in the files of each entry's tensor; checks that none is missing, left over or misshapen."""
     there = {_current(family, name): name for name in tensors.names}
