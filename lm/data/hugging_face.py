@@ -170,6 +170,11 @@ class HuggingFace:
         """Returns one sentence for each reason why this cannot work."""
         return [] if self._file.is_file() else [f"data.tokenizer.path: {self._file} does not exist"]
 
+    @property
+    def known(self) -> tuple[int, SpecialTokens] | None:
+        """Nothing before the file is read."""
+        return None
+
     def build(self, text: own.TrainingText) -> HuggingFaceTokenizer:
         """Returns the tokenizer; the text is not looked at.
 

@@ -212,6 +212,11 @@ class Bytes:
         """Returns one sentence for each reason why this cannot work."""
         return _sentinel_problems(self.num_sentinels)
 
+    @property
+    def known(self) -> tuple[int, SpecialTokens] | None:
+        """The number of ids and the special ones, where they are known before anything is read; else None."""
+        return len(special_names(self.num_sentinels)) + 256, special_tokens(self.num_sentinels)
+
     def build(self, text: TrainingText) -> ByteTokenizer:
         """Returns the tokenizer; the text is not looked at."""
         del text
@@ -254,6 +259,11 @@ class SentencePiece:
         if self.training_megabytes < 1:
             problems.append(f"data.tokenizer.training_megabytes is {self.training_megabytes}, it must be 1 or more")
         return problems
+
+    @property
+    def known(self) -> tuple[int, SpecialTokens] | None:
+        """The number of ids and the special ones, where they are known before anything is read; else None."""
+        return self.vocab_size, special_tokens(self.num_sentinels)
 
     def build(self, text: TrainingText) -> SentencePieceTokenizer:
         """Trains a tokenizer.
@@ -328,6 +338,11 @@ class Saved:
         if not pathlib.Path(self.directory, DESCRIPTION).is_file():
             return [f"data.tokenizer.directory: {self.directory} has no {DESCRIPTION}: lm.prepare writes such a folder"]
         return []
+
+    @property
+    def known(self) -> tuple[int, SpecialTokens] | None:
+        """Nothing before the file is read."""
+        return None
 
     def build(self, text: TrainingText) -> Tokenizer:
         """Returns the stored tokenizer; the text is not looked at."""

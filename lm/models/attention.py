@@ -8,12 +8,13 @@ equal results in every kernel.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm.models.layers import contract, dropout, soft_cap
+from lm.models.layers import dropout, soft_cap
+from lm.models.products import contract
 
 # Finite, so that a row without any allowed key stays finite.
 MASKED = -1e30
@@ -160,6 +161,9 @@ def _ungroup(out_BKGTH: jax.Array, dtype: jnp.dtype) -> jax.Array:
 class Plain:
     """All scores at once; memory grows with T times S."""
 
+    # Whether the kernel cannot let positions see ahead.
+    causal_only: ClassVar[bool] = False
+
     def attend(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
     ) -> jax.Array:
@@ -191,6 +195,7 @@ class Chunked:
       chunk: number of keys at a time.
     """
 
+    causal_only: ClassVar[bool] = False
     chunk: int = 512
 
     def attend(

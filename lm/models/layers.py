@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm.models.products import contract
+
 if TYPE_CHECKING:
     from lm.models.transformer import Transformer
 
@@ -187,38 +189,6 @@ def declare(shape: tuple[int, ...], axes: tuple[str, ...], role: Role, **descrip
 def match_rank(x: jax.Array, ndim: int) -> jax.Array:
     """Prepends axes of size one until `x` has rank `ndim`, since ranks are never promoted silently."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
-
-
-def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Computes the two-operand einsum with operands in `dtype`, accumulated in and returned as float32.
-
-    In bfloat16 the products of the backward pass have the same form: bfloat16 operands, float32 sums.
-    The gradient of a float32 operand (a parameter) therefore leaves its sum without another rounding.
-    """
-    if dtype == jnp.float32:
-        return jnp.einsum(equation, x.astype(dtype), y.astype(dtype))
-    return _contract_low(equation, jnp.dtype(dtype), x, y)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract_low(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _contract_forward(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-    return _contract_low(equation, dtype, x, y), (x, y)
-
-
-def _contract_backward(equation: str, dtype: jnp.dtype, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, y = saved
-    operands, result = equation.split("->")
-    x_axes, y_axes = operands.split(",")
-    dx: jax.Array = _contract_low(f"{result},{y_axes}->{x_axes}", dtype, gradient, y)
-    dy: jax.Array = _contract_low(f"{x_axes},{result}->{y_axes}", dtype, x, gradient)
-    return dx.astype(x.dtype), dy.astype(y.dtype)
-
-
-_contract_low.defvjp(_contract_forward, _contract_backward)
 
 
 class Einsum(nn.Module):

@@ -7,7 +7,7 @@ queries and keys, or bias attention scores. Knows no attention kernel and no sta
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Positions:
     """What every scheme answers; by default a scheme adds, rotates and biases nothing."""
+
+    # Whether positions that see each other both ways can tell their order; a causal mask tells it by itself.
+    tells_order: ClassVar[bool] = True
 
     def table(self, config: "Transformer", name: str) -> Table | None:
         """Returns the table of learned positions that is added to the embeddings; called in a compact method."""
@@ -73,6 +76,8 @@ class Positions:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoPositions(Positions):
     """No information on positions besides the causal mask (Haviv et al. 2022)."""
+
+    tells_order: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

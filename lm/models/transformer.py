@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import jax.numpy as jnp
 
+from lm.document import Layout as ExampleLayout
 from lm.models import accounting
 from lm.models.block import PLACEMENTS
 from lm.models.heads import HeadTransform
@@ -139,6 +140,28 @@ class Transformer:
     def decoder_depth(self) -> int:
         """Number of decoder blocks."""
         return 0
+
+    @property
+    def layout(self) -> ExampleLayout:
+        """Which examples the towers read (see `lm.document.Traits.layouts`)."""
+        if self.encoder_depth and self.decoder_depth:
+            return "encoder_decoder"
+        return "decoder" if self.decoder_depth else "encoder"
+
+    @property
+    def tells_order(self) -> bool:
+        """Whether positions that see each other both ways can tell their order."""
+        return any((layer.positions or self.positions).tells_order for layer in (*self.first_layers, *self.layers))
+
+    @property
+    def generator_settings(self) -> "Transformer | None":
+        """Settings of the encoder that replaces tokens for this one to find (ELECTRA), or None."""
+        return None
+
+    @property
+    def detection_weight(self) -> float:
+        """Coefficient of the loss of finding replaced tokens."""
+        return 0.0
 
     @property
     def sizes(self) -> dict[str, int]:

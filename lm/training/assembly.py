@@ -20,7 +20,7 @@ from lm import parallel
 from lm.batch import Batch
 from lm.config import ConfigError
 from lm.data import load_tokenizer
-from lm.experiment import Experiment
+from lm.experiment import Experiment, too_few_ids
 from lm.optim import build_optimizer
 from lm.training.checkpoints import restore_params
 from lm.training.state import TrainState, Tree, init_state, state_shardings
@@ -96,10 +96,7 @@ def check_vocabulary(experiment: Experiment, tokenizer: Any) -> None:
     """
     found = list(experiment.objective.problems(tokenizer.specials, experiment.data.lengths))
     if tokenizer.size > experiment.model.vocab_size:
-        found.append(
-            f"model.vocab_size {experiment.model.vocab_size} is smaller than the tokenizer's {tokenizer.size} ids; "
-            f"use --config.model.vocab_size={tokenizer.size} or more"
-        )
+        found.append(too_few_ids(experiment.model.vocab_size, tokenizer.size))
     if found:
         raise ConfigError("\n".join(f"config: {line}" for line in found))
 

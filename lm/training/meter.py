@@ -11,13 +11,19 @@ from lm.parallel.hardware import peak_flops
 from lm.training.assembly import Assembly
 
 
+def step_flops(config: Experiment) -> float:
+    """Returns the model's floating point operations of one step, padding included, the same for every step of a run."""
+    lengths = config.data.lengths
+    per_token = config.model.flops_per_token(lengths.tokens, lengths.encoder)
+    return per_token * config.batch_size * lengths.tokens
+
+
 class Meter:
     """Speed since the last line: tokens/s, model FLOP/s, and the share of time spent waiting for data."""
 
     def __init__(self, config: Experiment, assembly: Assembly) -> None:
         """Starts measuring a run on the devices of its mesh."""
-        self._flops = config.model.flops_per_token(config.data.sequence_length)
-        self._positions = config.batch_size * config.data.sequence_length
+        self._step_flops = step_flops(config)
         device = assembly.mesh.devices.flat[0]
         peak = peak_flops(device)
         self._peak = None if peak is None else peak * assembly.mesh.size
@@ -56,7 +62,7 @@ class Meter:
         seconds = max(time.perf_counter() - self._start, 1e-9)
         self._all_tokens += self._tokens
         self._all_seconds += seconds
-        flops = self._flops * self._positions * self._steps / seconds
+        flops = self._step_flops * self._steps / seconds
         figures = {
             "tokens_per_second": self._tokens / seconds,
             "seconds_per_step": seconds / self._steps,
