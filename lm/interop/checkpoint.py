@@ -27,7 +27,7 @@ from lm.interop.meaning import differences
 from lm.interop.modernbert import MODERNBERT
 from lm.interop.t5 import T5
 from lm.interop.tensors import Dtype, InteropError, Tensors, new_folder, read_json, tensor_names, write_tensors
-from lm.models.model import path_name
+from lm.models import path_name
 from lm.models.transformer import Transformer
 
 # Where several can express a config, the first writes it.
