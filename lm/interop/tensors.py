@@ -202,6 +202,8 @@ def _write_file(
             if array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape}, not {shape}")
             out.write(np.ascontiguousarray(array.astype(held, copy=False)).reshape(-1).view(np.uint8).data)
+            # Else it would live until the next one is made.
+            del array
 
 
 @contextlib.contextmanager
