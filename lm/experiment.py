@@ -139,7 +139,8 @@ class Experiment:
       batch_size: rows per update, over all devices and microbatches.
       num_microbatches: pieces a batch is cut into to save memory; the result is that of one batch.
       seed: seeds initialisation and dropout (the data has its own seed).
-      init_from: workdir of another run whose parameters to start from; weights only.
+      init_from: workdir of another run, or Hugging Face checkpoint folder, whose parameters to start from; weights
+        only.
       evaluation: held-out evaluation inside the loop.
       checkpoint: when to save and what to keep.
       logging: what to write down.

@@ -13,8 +13,9 @@ from lm.document import Layout as ExampleLayout
 from lm.models import accounting
 from lm.models.block import PLACEMENTS
 from lm.models.heads import HeadTransform
+from lm.models.initializers import FanInInitializer, NormalInitializer
 from lm.models.latent import Latent
-from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
+from lm.models.layers import LayerNorm, RMSNorm
 from lm.models.mlp import Activation, Mlp
 from lm.models.moe import MixtureOfExperts
 from lm.models.multihead import MultiHead
