@@ -114,7 +114,7 @@ def make_cell(objective: str, architecture: str) -> Experiment:
         model=fit(model, chosen.traits),
         objective=chosen,  # pyright: ignore[reportArgumentType] one of the union's classes
         data=DataConfig(tokenizer=TOKENIZER, sequence_length=LENGTH, encoder_length=LENGTH if two_stacks else None),
-        optimizer=OptimizerConfig(schedule=Constant(), learning_rate=1e-2),
+        optimizer=OptimizerConfig(schedule=Constant(), learning_rate=1e-2, weight_decay=0.0),
         batch_size=4,
         num_steps=2,
     )
@@ -169,9 +169,8 @@ def write_table() -> str:
         f"| objective | {' | '.join(ARCHITECTURES)} |",
         f"|---|{'---|' * len(ARCHITECTURES)}",
     ]
-    lines += [
-        f"| {name} | {' | '.join(show(make_cell(name, kind)) for kind in ARCHITECTURES)} |" for name in OBJECTIVES
-    ]
+    rows = {name: [show(make_cell(name, kind)) for kind in ARCHITECTURES] for name in OBJECTIVES}
+    lines += [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()]
     lines += [
         "",
         "The other choices, in one cell for each way of seeing:",
