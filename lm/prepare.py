@@ -1,8 +1,8 @@
 """Prepares text for training: python -m lm.prepare --input='texts/**/*.txt' --output=tokenizer --vocab_size=8192
 
 Trains a tokenizer on files (or, without --input, on Python's own standard library). With --tokenize it also
-writes the tokenised corpus, which --config.data.source=OUTPUT reads. --inspect=TOKENIZER --text='...' shows
-what a tokenizer does with a text.
+writes the tokenised corpus; a run reads it with --config.data.source=OUTPUT --config.data.tokenizer=Saved
+--config.data.tokenizer.directory=OUTPUT/tokenizer. --inspect=TOKENIZER --text='...' shows what a tokenizer does.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8192, "Number of ids, special o
 _NUM_SENTINELS = flags.DEFINE_integer("num_sentinels", 100, "Ids reserved for corrupted spans.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of a tokenizer to use instead of training one.")
 _TOKENIZE = flags.DEFINE_bool("tokenize", False, "Writes the tokenised corpus.")
+_NUM_WORKERS = flags.DEFINE_integer("num_workers", 0, "Processes that tokenise; 0 is this one.", lower_bound=0)
 _SHOW_ROWS = flags.DEFINE_integer("show_rows", 2, "Rows of --tokenize to show, decoded.", lower_bound=0)
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 256, "Positions in the rows shown.", lower_bound=1)
 _INSPECT = flags.DEFINE_string("inspect", None, "Folder of a tokenizer to show.")
@@ -61,7 +62,7 @@ def main(_: list[str]) -> None:
         tokenizer = preparation.train_tokenizer(config, _OUTPUT.value)
         print("\n".join([f"wrote {_OUTPUT.value}", *preparation.describe_tokenizer(tokenizer, _TEXT.value)]))
         return
-    print(preparation.tokenize(config, None, _OUTPUT.value))
+    print(preparation.tokenize(config, None, _OUTPUT.value, _NUM_WORKERS.value))
     if _SHOW_ROWS.value:
         tokenizer = tokenizers.load(f"{_OUTPUT.value}/{preparation.TOKENIZER_FOLDER}")
         shown = dataclasses.replace(config, source=_OUTPUT.value)

@@ -4,25 +4,31 @@ Owns the steps and their reports. Knows no flags; the objective of the rows show
 output folder appears whole at the end, or not at all.
 """
 
+import functools
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lm.batch import SpecialTokens
 from lm.data import tokenized
 from lm.data.config import DataConfig
-from lm.data.documents import load_tokenizer, open_corpora
+from lm.data.documents import load_tokenizer
 from lm.data.formats import DataError
 from lm.data.pipeline import train_batches
-from lm.data.sources import Corpus
+from lm.data.sources import Corpus, Source
 from lm.data.tokenizers import Tokenizer
 from lm.document import Objective
 
 T = TypeVar("T")
+# Id, key and token ids of a document.
+Encoded = tuple[str, int, np.ndarray]
+# Documents that a worker encodes at a time.
+_BLOCK = 64
 # Folder inside a tokenised corpus for the tokenizer that made its ids.
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -49,22 +55,65 @@ def _with_progress(items: Iterable[T], total: int) -> Iterator[T]:
         print("\r\033[K", end="", file=sys.stderr)
 
 
-def _encode(corpus: Corpus, tokenizer: Tokenizer) -> Iterator[tuple[str, int, np.ndarray]]:
-    keys = corpus.keys()
-    for index in range(len(corpus)):
-        text = corpus.text(index)
-        if text is None:
-            raise DataError("the input is tokenised already")
-        yield corpus.document_id(index), int(keys[index]), tokenizer.encode(text)
+class _Encoder:
+    """Encodes ranges of a corpus; each worker process opens its own."""
+
+    def __init__(self, source: Source, tokenizer: Tokenizer) -> None:
+        self._source, self._tokenizer = source, tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_source": self._source, "_tokenizer": self._tokenizer}
+
+    @functools.cached_property
+    def _corpus(self) -> tuple[Corpus, np.ndarray]:
+        corpus = self._source.open()
+        return corpus, corpus.keys()
+
+    def __call__(self, places: range) -> list[Encoded]:
+        """Returns id, key and token ids of documents."""
+        (corpus, keys), found = self._corpus, []
+        for place in places:
+            text = corpus.text(place)
+            if text is None:
+                raise DataError("the input is tokenised already")
+            found.append((corpus.document_id(place), int(keys[place]), self._tokenizer.encode(text)))
+        return found
 
 
-def tokenize(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> str:
+_worker_encoder: _Encoder | None = None
+
+
+def _start_worker(encoder: _Encoder) -> None:
+    # A pool pickles what it sends with each task; the encoder goes once.
+    global _worker_encoder
+    _worker_encoder = encoder
+
+
+def _encode_in_worker(places: range) -> list[Encoded]:
+    assert _worker_encoder is not None
+    return _worker_encoder(places)
+
+
+def _encode(encoder: _Encoder, num_documents: int, num_workers: int) -> Iterator[Encoded]:
+    """Yields all documents in order, whatever the number of workers."""
+    blocks = [range(start, min(start + _BLOCK, num_documents)) for start in range(0, num_documents, _BLOCK)]
+    if not num_workers:
+        for block in blocks:
+            yield from encoder(block)
+        return
+    with multiprocessing.get_context("spawn").Pool(num_workers, _start_worker, (encoder,)) as pool:
+        for found in pool.imap(_encode_in_worker, blocks):
+            yield from found
+
+
+def tokenize(config: DataConfig, tokenizer: Tokenizer | None, output: str, num_workers: int = 0) -> str:
     """Tokenises all documents of one source into a new folder, with the tokenizer beside them.
 
     Args:
       config: the source, and the tokenizer to train where none is given.
       tokenizer: a trained one, or None.
       output: a folder that does not exist; `Tokenized` reads it.
+      num_workers: processes that encode; 0 is this one. The result is the same.
 
     Returns:
       A report in one line.
@@ -72,7 +121,8 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> st
     Raises:
       DataError: the folder exists, or the text cannot be read.
     """
-    (corpus,) = open_corpora(config)
+    (source,) = config.chosen_sources
+    corpus = source.open()
     with tokenized.new_folder(output) as folder:
         if tokenizer is None:
             tokenizer = load_tokenizer(config.tokenizer, config, folder / TOKENIZER_FOLDER)
@@ -80,7 +130,8 @@ def tokenize(config: DataConfig, tokenizer: Tokenizer | None, output: str) -> st
             tokenizer.save(folder / TOKENIZER_FOLDER)
         start = time.monotonic()
         fingerprints = {"tokenizer": tokenizer.fingerprint, "source": corpus.fingerprint()}
-        documents = _with_progress(_encode(corpus, tokenizer), len(corpus))
+        encoded = _encode(_Encoder(source, tokenizer), len(corpus), num_workers)
+        documents = _with_progress(encoded, len(corpus))
         index = tokenized.write(folder, documents, tokenizer.size, fingerprints)
     num_tokens = sum(shard["tokens"] for shard in index["shards"])
     seconds = time.monotonic() - start

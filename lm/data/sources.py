@@ -27,7 +27,9 @@ from lm.data.formats import DataError, Errors
 # Of a file longer than this, evenly spaced blocks are hashed for the fingerprint instead of all of it.
 _WHOLE_HASH_BYTES = 1 << 26
 _BLOCK_BYTES = 1 << 20
-_TEST_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_PASSED_OVER = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+# These describe the machine on which Python was built.
+_OF_THE_MACHINE = ("config-", "_sysconfigdata")
 
 
 class Corpus(Protocol):
@@ -203,8 +205,9 @@ class StandardLibrary:
         topics_file = self._root / "pydoc_data" / "topics.py"
         modules = []
         for folder, folders, files in os.walk(self._root):
-            folders[:] = sorted(set(folders) - _TEST_FOLDERS)
-            modules += [pathlib.Path(folder, name) for name in sorted(files) if name.endswith(".py")]
+            folders[:] = sorted(name for name in set(folders) - _PASSED_OVER if not name.startswith(_OF_THE_MACHINE))
+            names = sorted(name for name in files if name.endswith(".py") and not name.startswith(_OF_THE_MACHINE))
+            modules += [pathlib.Path(folder, name) for name in names]
         modules = [path for path in modules if path != topics_file and path.stat().st_size]
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         names = [f"python{version}/{path.relative_to(self._root).as_posix()}" for path in modules]

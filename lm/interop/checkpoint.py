@@ -9,24 +9,32 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from lm.batch import SpecialTokens
+from lm.interop.albert import ALBERT
+from lm.interop.bart import BART
+from lm.interop.bert import BERT, ROBERTA
 from lm.interop.family import Config, Entry, Family, Fields, expand
 from lm.interop.gemma import GEMMA, GEMMA2, GEMMA3
 from lm.interop.gpt2 import GPT2
 from lm.interop.layouts import LayoutError
 from lm.interop.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from lm.interop.meaning import differences
-from lm.interop.tensors import Dtype, InteropError, Tensors, new_folder, read_json, write_tensors
+from lm.interop.modernbert import MODERNBERT
+from lm.interop.t5 import T5
+from lm.interop.tensors import Dtype, InteropError, Tensors, new_folder, read_json, tensor_names, write_tensors
 from lm.models.model import path_name
 from lm.models.transformer import Transformer
 
 # Where several can express a config, the first writes it.
-FAMILIES: tuple[Family, ...] = (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3)
+FAMILIES: tuple[Family, ...] = (
+    *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3),
+    *(BERT, ROBERTA, ALBERT, MODERNBERT, T5, BART),
+)
 
 CONFIG = "config.json"
 # Files that say how text becomes ids and how to generate; carried along as they are.
@@ -50,13 +58,13 @@ def _family(folder: pathlib.Path) -> tuple[Family, Config]:
     """Finds the family of a folder by its config.json.
 
     Raises:
-      InteropError: there is no config.json, or it is of no family.
+      InteropError: there is no config.json, it is of no family, or the files of tensors are damaged.
     """
     fields = read_json(folder / CONFIG)
     kind = fields.get("model_type")
     for family in FAMILIES:
         if family.model_type == kind:
-            return family, Config(fields, str(folder / CONFIG))
+            return family, Config(fields, str(folder / CONFIG), tensor_names(folder))
     known = ", ".join(family.model_type for family in FAMILIES)
     raise InteropError(f"{folder / CONFIG}: model_type is {kind!r}, which is none of {known}")
 
@@ -134,24 +142,32 @@ def load_params(folder: str | pathlib.Path, config: Transformer | None = None) -
 
 def _match(family: Family, folder: pathlib.Path, entries: list[Entry], tensors: Tensors) -> dict[str, str]:
     """Returns the name in the files of each entry's tensor; checks that none is missing, left over or misshapen."""
-    there = set(tensors.names)
+    there = {_current(family, name): name for name in tensors.names}
     bare = bool(family.prefix) and not any(name.startswith(family.prefix) for name in there)
     names = {entry.name: entry.name.removeprefix(family.prefix) if bare else entry.name for entry in entries}
     missing = [name for name in names.values() if name not in there]
     if missing:
         raise InteropError(f"{folder} lacks {_listed(missing)}, which a model of family {family.model_type} has")
     ignored = [re.compile(pattern) for pattern in family.ignored]
-    extra = sorted(there - set(names.values()))
+    extra = sorted(there.keys() - set(names.values()))
     extra = [name for name in extra if not any(pattern.search(name) for pattern in ignored)]
     if extra:
         raise InteropError(f"{folder} holds {_listed(extra)}, which its {CONFIG} has no place for")
+    names = {name: there[found] for name, found in names.items()}
     for entry in entries:
         expected, found = entry.layout.their_shape(entry.shapes), tensors.shape(names[entry.name])
         if expected != found:
-            raise InteropError(
-                f"{folder}: the tensor {names[entry.name]} has shape {list(found)}, but {CONFIG} asks for {list(expected)}"
-            )
+            wrong = f"the tensor {names[entry.name]} has shape {list(found)}"
+            raise InteropError(f"{folder}: {wrong}, but {CONFIG} asks for {list(expected)}")
     return names
+
+
+def _current(family: Family, name: str) -> str:
+    """Returns a tensor's name as the table has it."""
+    for old, new in family.legacy:
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def _listed(names: list[str]) -> str:
@@ -197,9 +213,11 @@ def save(
     """
     import jax
 
-    family, fields = _describe(config)
+    family, fields, entries = _describe(config)
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    entries = expand(family.rows, config, {path: leaf.shape for path, leaf in leaves.items()})
+    wrong = [path for path, shape in _leaves(config).items() if path not in leaves or leaves[path].shape != shape]
+    if wrong:
+        raise InteropError(f"the parameter {wrong[0]} is missing or not of the shape that the config gives it")
     by_name = {entry.name: entry for entry in entries}
 
     def make(name: str) -> np.ndarray:
@@ -213,7 +231,7 @@ def save(
         write_tensors(partial, shapes, make, dtype, shard_bytes)
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, partial)
-    return family.architecture
+    return fields.get("architectures", [family.architecture])[0]
 
 
 def _header(family: Family, specials: SpecialTokens | None, dtype: Dtype) -> Fields:
@@ -226,33 +244,36 @@ def _header(family: Family, specials: SpecialTokens | None, dtype: Dtype) -> Fie
     }
 
 
-def _describe(config: Transformer) -> tuple[Family, Fields]:
+def _describe(config: Transformer) -> tuple[Family, Fields, list[Entry]]:
     """Finds the first family whose config.json, read back, means the same model.
+
+    Returns:
+      The family, the config.json and the tensors.
 
     Raises:
       InteropError: none; the message says what the nearest cannot express.
     """
-    nearest: tuple[Family, list[str]] | None = None
-    for family, fields in _candidates(config):
-        lost = differences(config, family.read(Config(fields, CONFIG)))
+    shapes = _leaves(config)
+    nearest: tuple[str, list[str]] | None = None
+    for family in FAMILIES:
+        fields = family.write(config)
+        if fields is None:
+            continue
+        try:
+            entries = expand(family.rows, config, shapes)
+            names = [entry.name for entry in entries]
+            lost = differences(config, family.read(Config(fields, CONFIG, names)))
+        except InteropError as error:
+            entries, lost = [], [str(error)]
         if not lost:
-            return family, fields
+            return family, fields, entries
         if nearest is None or len(lost) < len(nearest[1]):
-            nearest = family, lost
+            nearest = family.model_type, lost
     if nearest is None:
         known = ", ".join(family.model_type for family in FAMILIES)
         raise InteropError(f"no family of checkpoints has such a model; known are {known}")
     listed = "\n  ".join(nearest[1])
-    raise InteropError(
-        f"no family of checkpoints expresses this model; the nearest is {nearest[0].model_type}, where\n  {listed}"
-    )
-
-
-def _candidates(config: Transformer) -> Iterator[tuple[Family, Fields]]:
-    for family in FAMILIES:
-        fields = family.write(config)
-        if fields is not None:
-            yield family, fields
+    raise InteropError(f"no family of checkpoints expresses this model; the nearest is {nearest[0]}, where\n  {listed}")
 
 
 def copy_tokenizer(source: str | pathlib.Path, target: str | pathlib.Path) -> list[str]:

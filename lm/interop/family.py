@@ -6,7 +6,7 @@ of this family.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lm.interop.layouts import Layout, parse_layout
@@ -22,19 +22,59 @@ class Row:
       theirs: its name; {layer} counts the layers of a tower, {expert} the experts of a layer.
       ours: path of each leaf; {layer} is the layer's place. Several are joined in their tensor.
       equation: how axes correspond (`lm.interop.layouts`); empty where they are the same.
+      unless: path of a leaf with which the row does not apply (their tensor has another name then), or "".
+      beside: path of a leaf without which it does not, or "".
     """
 
     theirs: str
     ours: tuple[str, ...]
     equation: str = ""
+    unless: str = ""
+    beside: str = ""
+
+    def at(self, place: str, layer: int) -> "Row":
+        """Returns the row of one layer, whose leaves are below `place`."""
+
+        def put(path: str) -> str:
+            return path.replace("{layer}", place)
+
+        theirs = self.theirs.replace("{layer}", str(layer))
+        return Row(theirs, tuple(map(put, self.ours)), self.equation, put(self.unless), put(self.beside))
+
+    def applies(self, leaves: Collection[str]) -> bool:
+        """Returns whether a model with these leaves has the tensor."""
+        there = all(path in leaves for path in self.ours)
+        return there and self.unless not in leaves and (not self.beside or self.beside in leaves)
 
 
-def row(theirs: str, *ours: str, equation: str = "") -> Row:
+def row(theirs: str, *ours: str, equation: str = "", unless: str = "", beside: str = "") -> Row:
     """Writes a row; see `Row`. With several leaves the equation says along which letter they are joined."""
-    return Row(theirs, ours, equation)
+    return Row(theirs, ours, equation, unless, beside)
 
 
-# How a checkpoint's special tokens are called in config.json -> the name in `lm.batch.SpecialTokens`.
+def linear(theirs: str, ours: str, kernel: str = "Y X -> X Y", bias: str = "") -> tuple[Row, Row]:
+    """Writes the rows of a linear layer of torch, whose weight holds outputs first."""
+    return row(f"{theirs}.weight", f"{ours}/kernel", equation=kernel), row(
+        f"{theirs}.bias", f"{ours}/bias", equation=bias
+    )
+
+
+def norm(theirs: str, ours: str) -> tuple[Row, Row]:
+    """Writes the rows of a norm."""
+    return row(f"{theirs}.weight", f"{ours}/scale"), row(f"{theirs}.bias", f"{ours}/bias")
+
+
+# Layouts of a head's projections: their linear layers have all heads in one axis.
+TO_HEADS, TO_HEADS_BIAS, FROM_HEADS = "(N H) D -> D N H", "(N H) -> N H", "D (N H) -> N H D"
+
+
+def attention(theirs: str, ours: str, query: str, key: str, value: str, out: str) -> tuple[Row, ...]:
+    """Writes the rows of attention, whose four linear layers have the given names below `theirs`."""
+    names = {"query": query, "key": key, "value": value}
+    rows = [linear(f"{theirs}.{name}", f"{ours}/{part}", TO_HEADS, TO_HEADS_BIAS) for part, name in names.items()]
+    return (*(each for pair in rows for each in pair), *linear(f"{theirs}.{out}", f"{ours}/out", FROM_HEADS))
+
+
 Fields = dict[str, Any]
 
 
@@ -50,6 +90,7 @@ class Family:
       write: makes a config.json of our config; None where the family certainly cannot express it.
       prefix: of tensors of the whole model, which checkpoints of its body alone leave out.
       ignored: regular expressions of tensors that carry nothing: buffers, and copies of tied weights.
+      legacy: (ending, ending) pairs: how old files call tensors, and how the table does.
     """
 
     model_type: str
@@ -59,14 +100,15 @@ class Family:
     write: Callable[[Any], Fields | None]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
+    legacy: tuple[tuple[str, str], ...] = ()
 
 
 class Config(Mapping[str, Any]):
     """A config.json, whose every unexpected value is an error that names it."""
 
-    def __init__(self, fields: Fields, source: str) -> None:
-        """Takes the fields and the name of the file, for errors."""
-        self._fields, self._source = fields, source
+    def __init__(self, fields: Fields, source: str, tensors: Collection[str] | None = None) -> None:
+        """Takes the fields, the name of the file for errors, and the names of the tensors beside it, if known."""
+        self._fields, self._source, self._tensors = fields, source, tensors
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._fields:
@@ -86,6 +128,15 @@ class Config(Mapping[str, Any]):
         """Returns a field, or the default where it is absent or null."""
         value = self._fields.get(name)
         return default if value is None else value
+
+    def holds(self, tensor: str, default: bool) -> bool:
+        """Returns whether the checkpoint has a tensor whose name ends so; the default where there are no tensors."""
+        return default if self._tensors is None else any(name.endswith(tensor) for name in self._tensors)
+
+    @property
+    def architecture(self) -> str:
+        """The class of `transformers` that wrote the checkpoint, or ""."""
+        return (self.get("architectures") or [""])[0]
 
     def expect(self, name: str, *values: Any) -> None:
         """Checks that a field is absent, null or one of `values`.
@@ -149,45 +200,32 @@ def expand(rows: Sequence[Row], config: Transformer, shapes: Mapping[str, tuple[
 
 
 def _expand_row(each: Row, config: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
-    if "{layer}" not in each.theirs:
-        return _expand_experts(each.theirs, each.ours, (), each.equation, shapes)
+    if "{layer}" not in each.ours[0]:
+        return _expand_experts(each, (), shapes)
     depth = config.encoder_depth if each.ours[0].startswith("encoder/") else config.decoder_depth
-    entries = []
-    for layer, (run, block, repeat) in enumerate(config.layer_places(depth)):
-        ours = tuple(path.replace("{layer}", f"{run}/{block}") for path in each.ours)
-        theirs = each.theirs.replace("{layer}", str(layer))
-        entries += _expand_experts(theirs, ours, (repeat,), each.equation, shapes)
-    return entries
-
-
-def _expand_experts(
-    theirs: str,
-    ours: tuple[str, ...],
-    index: tuple[int, ...],
-    equation: str,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> list[Entry]:
-    if any(path not in shapes for path in ours):
-        return []
-    if "{expert}" not in theirs:
-        return [_entry(theirs, ours, index, equation, shapes)]
     return [
-        _entry(theirs.replace("{expert}", str(expert)), ours, (*index, expert), equation, shapes)
-        for expert in range(shapes[ours[0]][len(index)])
+        entry
+        for layer, (run, block, repeat) in enumerate(config.layer_places(depth))
+        for entry in _expand_experts(each.at(f"{run}/{block}", layer), (repeat,), shapes)
     ]
 
 
-def _entry(
-    theirs: str,
-    ours: tuple[str, ...],
-    index: tuple[int, ...],
-    equation: str,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Entry:
-    inner = tuple(shapes[path][len(index) :] for path in ours)
+def _expand_experts(each: Row, index: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
+    if not each.applies(shapes):
+        return []
+    if "{expert}" not in each.theirs:
+        return [_entry(each.theirs, each, index, shapes)]
+    count = shapes[each.ours[0]][len(index)]
+    return [
+        _entry(each.theirs.replace("{expert}", str(expert)), each, (*index, expert), shapes) for expert in range(count)
+    ]
+
+
+def _entry(name: str, each: Row, index: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> Entry:
+    inner = tuple(shapes[path][len(index) :] for path in each.ours)
     letters = " ".join("ABCDEFGH"[: len(inner[0])])
-    layout = parse_layout(equation or f"{letters} -> {letters}")
-    return Entry(theirs, tuple((path, index) for path in ours), inner, layout)
+    layout = parse_layout(each.equation or f"{letters} -> {letters}")
+    return Entry(name, tuple((path, index) for path in each.ours), inner, layout)
 
 
 def fold_layers(layers: Sequence[Layer]) -> dict[str, tuple[Layer, ...]]:

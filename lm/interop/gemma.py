@@ -7,7 +7,7 @@ another base.
 import dataclasses
 from typing import Any
 
-from lm.interop.family import Config, Family, Fields, fold_layers, row
+from lm.interop.family import Config, Family, Fields, fold_layers, norm
 from lm.interop.llama import ATTENTION, EMBEDDINGS, IGNORED, LAYER, NORMS, OURS, mlp_rows, read_decoder, write_decoder
 from lm.interop.meaning import unfold_layers
 from lm.interop.rotary import read_rotary
@@ -19,10 +19,10 @@ from lm.models.positions import Rotary
 from lm.models.transformer import Layer
 
 SANDWICH = (
-    row(f"{LAYER}.input_layernorm.weight", f"{OURS}/attention_norm/scale"),
-    row(f"{LAYER}.post_attention_layernorm.weight", f"{OURS}/attention_output_norm/scale"),
-    row(f"{LAYER}.pre_feedforward_layernorm.weight", f"{OURS}/mlp_norm/scale"),
-    row(f"{LAYER}.post_feedforward_layernorm.weight", f"{OURS}/mlp_output_norm/scale"),
+    *norm(f"{LAYER}.input_layernorm", f"{OURS}/attention_norm"),
+    *norm(f"{LAYER}.post_attention_layernorm", f"{OURS}/attention_output_norm"),
+    *norm(f"{LAYER}.pre_feedforward_layernorm", f"{OURS}/mlp_norm"),
+    *norm(f"{LAYER}.post_feedforward_layernorm", f"{OURS}/mlp_output_norm"),
 )
 ACTIVATIONS = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "relu": "relu"}
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lm.interop.family import Config, Family, Fields, row
+from lm.interop.family import Config, Family, Fields, norm, row
 from lm.models.decoder import Decoder
 from lm.models.layers import LayerNorm
 from lm.models.mlp import Mlp
@@ -15,20 +15,17 @@ QKV = (f"{OURS}/attention/query", f"{OURS}/attention/key", f"{OURS}/attention/va
 ROWS = (
     row("transformer.wte.weight", "tokens/embedding"),
     row("transformer.wpe.weight", "decoder/positions/embedding"),
-    row(f"{LAYER}.ln_1.weight", f"{OURS}/attention_norm/scale"),
-    row(f"{LAYER}.ln_1.bias", f"{OURS}/attention_norm/bias"),
+    *norm(f"{LAYER}.ln_1", f"{OURS}/attention_norm"),
     row(f"{LAYER}.attn.c_attn.weight", *(f"{part}/kernel" for part in QKV), equation="D (*N H) -> D N H"),
     row(f"{LAYER}.attn.c_attn.bias", *(f"{part}/bias" for part in QKV), equation="(*N H) -> N H"),
     row(f"{LAYER}.attn.c_proj.weight", f"{OURS}/attention/out/kernel", equation="(N H) D -> N H D"),
     row(f"{LAYER}.attn.c_proj.bias", f"{OURS}/attention/out/bias"),
-    row(f"{LAYER}.ln_2.weight", f"{OURS}/mlp_norm/scale"),
-    row(f"{LAYER}.ln_2.bias", f"{OURS}/mlp_norm/bias"),
+    *norm(f"{LAYER}.ln_2", f"{OURS}/mlp_norm"),
     row(f"{LAYER}.mlp.c_fc.weight", f"{OURS}/mlp/up/kernel"),
     row(f"{LAYER}.mlp.c_fc.bias", f"{OURS}/mlp/up/bias"),
     row(f"{LAYER}.mlp.c_proj.weight", f"{OURS}/mlp/down/kernel"),
     row(f"{LAYER}.mlp.c_proj.bias", f"{OURS}/mlp/down/bias"),
-    row("transformer.ln_f.weight", "decoder/final_norm/scale"),
-    row("transformer.ln_f.bias", "decoder/final_norm/bias"),
+    *norm("transformer.ln_f", "decoder/final_norm"),
     row("lm_head.weight", "head/projection/kernel", equation="V D -> D V"),
 )
 ACTIVATIONS = {

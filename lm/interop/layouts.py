@@ -79,7 +79,7 @@ class Layout:
             known = math.prod(sizes[letter] for letter in group if letter in sizes)
             if len(unknown) > 1 or size % known:
                 raise LayoutError(f"is laid out as {self.ours}, which does not divide the shape {list(shape)}")
-            sizes.update({letter: size // known for letter in unknown})
+            sizes.update(dict.fromkeys(unknown, size // known))
         return sizes
 
     def _total(self, each: list[dict[str, int]]) -> dict[str, int]:

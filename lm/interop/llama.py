@@ -7,7 +7,7 @@ queries and keys are normalised, and which layers have a window.
 import dataclasses
 from typing import Any
 
-from lm.interop.family import Config, Family, Fields, Row, fold_layers, row
+from lm.interop.family import Config, Family, Fields, Row, attention, fold_layers, linear, norm, row
 from lm.interop.meaning import unfold_layers
 from lm.interop.rotary import read_rotary, write_rotary
 from lm.models.decoder import Decoder
@@ -18,37 +18,26 @@ from lm.models.positions import Rotary
 from lm.models.transformer import Layer
 
 LAYER, OURS = "model.layers.{layer}", "decoder/stack/{layer}"
-HEADS = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 EMBEDDINGS = (
     row("model.embed_tokens.weight", "tokens/embedding"),
-    row("model.norm.weight", "decoder/final_norm/scale"),
+    *norm("model.norm", "decoder/final_norm"),
     row("lm_head.weight", "head/projection/kernel", equation="V D -> D V"),
 )
 ATTENTION = (
-    *(
-        row(f"{LAYER}.self_attn.{theirs}.weight", f"{OURS}/attention/{ours}/kernel", equation="(N H) D -> D N H")
-        for theirs, ours in HEADS.items()
-    ),
-    *(
-        row(f"{LAYER}.self_attn.{theirs}.bias", f"{OURS}/attention/{ours}/bias", equation="(N H) -> N H")
-        for theirs, ours in HEADS.items()
-    ),
-    row(f"{LAYER}.self_attn.o_proj.weight", f"{OURS}/attention/out/kernel", equation="D (N H) -> N H D"),
-    row(f"{LAYER}.self_attn.o_proj.bias", f"{OURS}/attention/out/bias"),
-    row(f"{LAYER}.self_attn.q_norm.weight", f"{OURS}/attention/query_norm/scale"),
-    row(f"{LAYER}.self_attn.k_norm.weight", f"{OURS}/attention/key_norm/scale"),
+    *attention(f"{LAYER}.self_attn", f"{OURS}/attention", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *norm(f"{LAYER}.self_attn.q_norm", f"{OURS}/attention/query_norm"),
+    *norm(f"{LAYER}.self_attn.k_norm", f"{OURS}/attention/key_norm"),
 )
 NORMS = (
-    row(f"{LAYER}.input_layernorm.weight", f"{OURS}/attention_norm/scale"),
-    row(f"{LAYER}.post_attention_layernorm.weight", f"{OURS}/mlp_norm/scale"),
+    *norm(f"{LAYER}.input_layernorm", f"{OURS}/attention_norm"),
+    *norm(f"{LAYER}.post_attention_layernorm", f"{OURS}/mlp_norm"),
 )
 
 
 def mlp_rows(theirs: str = f"{LAYER}.mlp", ours: str = f"{OURS}/mlp") -> tuple[Row, ...]:
     """Returns the table of a gated feed-forward layer; also used by the families with experts."""
     names = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
-    weights = [row(f"{theirs}.{a}.weight", f"{ours}/{b}/kernel", equation="Y X -> X Y") for a, b in names.items()]
-    return (*weights, *(row(f"{theirs}.{a}.bias", f"{ours}/{b}/bias") for a, b in names.items()))
+    return tuple(each for a, b in names.items() for each in linear(f"{theirs}.{a}", f"{ours}/{b}"))
 
 
 ROWS = (*EMBEDDINGS, *NORMS, *ATTENTION, *mlp_rows())
@@ -56,7 +45,7 @@ IGNORED = (r"rotary_emb\.inv_freq$", r"^lm_head\.weight$")
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
-def read_decoder(config: Config, attention: MultiHead, **changes: Any) -> Decoder:
+def read_decoder(config: Config, heads: MultiHead, **changes: Any) -> Decoder:
     """Makes the config that these families share."""
     mlp = Mlp(
         activation=config.choose("hidden_act", ACTIVATIONS, "silu"), gated=True, use_bias=config.get("mlp_bias", False)
@@ -72,7 +61,7 @@ def read_decoder(config: Config, attention: MultiHead, **changes: Any) -> Decode
         "max_length": config["max_position_embeddings"],
         "norm": RMSNorm(epsilon=config.get("rms_norm_eps", 1e-6)),
         "positions": read_rotary(config),
-        "attention": dataclasses.replace(attention, dropout_rate=config.get("attention_dropout", 0.0)),
+        "attention": dataclasses.replace(heads, dropout_rate=config.get("attention_dropout", 0.0)),
         "mlp": mlp,
         "tied_embeddings": config.get("tie_word_embeddings", False),
     }
@@ -158,8 +147,8 @@ def _read_qwen2(config: Config) -> Decoder:
 
 def _read_qwen3(config: Config) -> Decoder:
     bias = config.get("attention_bias", False)
-    attention = MultiHead(use_qkv_bias=bias, use_output_bias=bias, qk_norm="head")
-    return read_decoder(config, attention, **fold_layers(read_windows(config)))
+    heads = MultiHead(use_qkv_bias=bias, use_output_bias=bias, qk_norm="head")
+    return read_decoder(config, heads, **fold_layers(read_windows(config)))
 
 
 def _write_qwen2(config: Any) -> Fields | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lm import config as configs
 from lm.models.attention import Plain
+from lm.models.encdec import EncoderDecoder
 from lm.models.layers import NormalInitializer
 from lm.models.transformer import Layer, Transformer
 
@@ -33,10 +34,13 @@ def meaning(config: Transformer) -> Transformer:
     """Returns the config with every spelling of one model made the same, to be compared."""
     depths = {config.encoder_depth, config.decoder_depth} - {0}
     layers = unfold_layers(config, max(depths))
-    config = dataclasses.replace(config, num_kv_heads=config.sizes["K"], head_dim=config.sizes["H"])
+    spelled: dict[str, Any] = {"num_kv_heads": config.sizes["K"], "head_dim": config.sizes["H"]}
+    if isinstance(config, EncoderDecoder):
+        spelled["num_encoder_layers"] = config.encoder_depth
+    config = dataclasses.replace(config, **spelled)
     plain = _plain(config)
     each = tuple(
-        Layer(window=layer.window, positions=layer.positions or plain.positions, mlp=_mlp(layer, plain))
+        dataclasses.replace(layer, positions=layer.positions or plain.positions, mlp=_mlp(layer, plain))
         for layer in layers
     )
     return dataclasses.replace(plain, layers=each, first_layers=())

@@ -136,6 +136,18 @@ def _files(folder: pathlib.Path) -> list[str]:
     raise InteropError(f"{folder} has neither {SINGLE} nor {INDEX}{found}")
 
 
+def tensor_names(folder: pathlib.Path) -> list[str] | None:
+    """Returns the names of a folder's tensors, or None if it has no files of tensors.
+
+    Raises:
+      InteropError: as `Tensors`.
+    """
+    if not any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return None
+    with Tensors(folder) as tensors:
+        return tensors.names
+
+
 def write_tensors(
     folder: pathlib.Path,
     shapes: Mapping[str, tuple[int, ...]],

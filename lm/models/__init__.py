@@ -3,10 +3,12 @@
 from lm.models.attention import Chunked as Chunked
 from lm.models.attention import Plain as Plain
 from lm.models.decoder import Decoder as Decoder
+from lm.models.electra import Electra as Electra
 from lm.models.encdec import EncoderDecoder as EncoderDecoder
 from lm.models.encoder import Encoder as Encoder
 from lm.models.generator import Generator as Generator
 from lm.models.heads import HeadTransform as HeadTransform
+from lm.models.latent import Latent as Latent
 from lm.models.layers import FanInInitializer as FanInInitializer
 from lm.models.layers import LayerNorm as LayerNorm
 from lm.models.layers import NormalInitializer as NormalInitializer
@@ -22,6 +24,7 @@ from lm.models.positions import Alibi as Alibi
 from lm.models.positions import Bucketed as Bucketed
 from lm.models.positions import Learned as Learned
 from lm.models.positions import NoPositions as NoPositions
+from lm.models.positions import Relative as Relative
 from lm.models.positions import Rotary as Rotary
 from lm.models.positions import Sinusoidal as Sinusoidal
 from lm.models.rope import LinearScaling as LinearScaling

@@ -66,7 +66,7 @@ class Head(nn.Module):
 
 
 class Classifier(nn.Module):
-    """From the state of an example's first token to logits of classes: dense, tanh, dense (BERT's pooler).
+    """From a state to logits of classes: dense, activation, dense (BERT's pooler, ELECTRA's discriminator).
 
     Attributes:
       config: the model's settings.
@@ -76,9 +76,10 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns f32[B, T, X], class logits as if each position were the pooled one."""
+        """Returns f32[B, T, X], class logits of each position, as if it were the pooled one."""
         config = self.config
-        pooled_BTZ = jnp.tanh(Einsum("BTD,DZ->BTZ", config, True, name="pooler")(x_BTD))
+        pooler = Einsum("BTD,DZ->BTZ", config, True, name="pooler")
+        pooled_BTZ = ACTIVATIONS[config.classifier_activation](pooler(x_BTD))
         sizes = (("X", config.num_classes),)
         return Einsum("BTZ,ZX->BTX", config, True, sizes=sizes, float32_result=True, name="projection")(pooled_BTZ)
 

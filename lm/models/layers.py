@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lm.models.products import contract
+
 if TYPE_CHECKING:
     from lm.models.transformer import Transformer
 
@@ -189,38 +191,6 @@ def match_rank(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Computes the two-operand einsum with operands in `dtype`, accumulated in and returned as float32.
-
-    In bfloat16 the products of the backward pass have the same form: bfloat16 operands, float32 sums.
-    The gradient of a float32 operand (a parameter) therefore leaves its sum without another rounding.
-    """
-    if dtype == jnp.float32:
-        return jnp.einsum(equation, x.astype(dtype), y.astype(dtype))
-    return _contract_low(equation, jnp.dtype(dtype), x, y)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract_low(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
-
-
-def _contract_forward(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-    return _contract_low(equation, dtype, x, y), (x, y)
-
-
-def _contract_backward(equation: str, dtype: jnp.dtype, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, y = saved
-    operands, result = equation.split("->")
-    x_axes, y_axes = operands.split(",")
-    dx: jax.Array = _contract_low(f"{result},{y_axes}->{x_axes}", dtype, gradient, y)
-    dy: jax.Array = _contract_low(f"{x_axes},{result}->{y_axes}", dtype, x, gradient)
-    return dx.astype(x.dtype), dy.astype(y.dtype)
-
-
-_contract_low.defvjp(_contract_forward, _contract_backward)
-
-
 class Einsum(nn.Module):
     """A learned linear map named by its equation.
 
@@ -248,8 +218,13 @@ class Einsum(nn.Module):
     float32_result: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the product, in the compute dtype unless float32_result."""
+    def __call__(self, x: jax.Array, equation: str | None = None) -> jax.Array:
+        """Returns the product, in the compute dtype unless float32_result.
+
+        Args:
+          x: the first operand.
+          equation: another product of the same kernel, where there is no bias (absorbed projections).
+        """
         operands, result = self.equation.split("->")
         letters = operands.split(",")[1]
         sizes = {**self.config.sizes, **dict(self.sizes)}
@@ -269,7 +244,7 @@ class Einsum(nn.Module):
                 active_share=self.active_share,
             ),
         )
-        y = contract(self.equation, x, kernel, self.config.compute_dtype)
+        y = contract(equation or self.equation, x, kernel, self.config.compute_dtype)
         if self.use_bias:
             outputs = [letter for letter in letters if letter in result]
             shape = tuple(sizes[letter] for letter in outputs)

@@ -106,6 +106,29 @@ class Tower(nn.Module):
 class Network(nn.Module):
     """A token table, the towers that the settings ask for, and a head.
 
+    The parameter tree, which checkpoints and converters rely on (a part is there if the settings ask for it; every
+    linear map has `kernel`, in the order of its equation, and maybe `bias`; every norm `scale` and maybe `bias`):
+
+        tokens/embedding [V, D]                       the table, also the output projection if embeddings are tied
+        encoder/..., decoder/...                      a tower each:
+          positions/embedding, types/embedding, block_positions/embedding, embedding_norm, embedding_projection
+          stack/relative_bias/embedding [buckets, N]  T5's biases, shared by the layers
+          stack/RUN/block_I/...                       RUN is first, layers or last; a leading axis of repeats
+            attention_norm, attention_output_norm, cross_norm, cross_output_norm, mlp_norm, mlp_output_norm
+            attention/{query [D, N, H], key, value [D, K, H], out [N, H, D], query_norm, key_norm, sinks [N]}
+            attention/{relative_keys, relative_values}/embedding [distances, H]
+            attention/{query_down [D, R], query_norm, query_up [R, N, H], kv_down, kv_norm, key_rotary [D, H],
+              key_up, value_up [R, N, H], out}        latent attention
+            cross/...                                 as attention
+            mlp/{gate, up [D, F], down [F, D]}
+          final_norm
+        head/{dense [D, D], norm, projection [D, V], bias [V]}
+        classifier/{pooler [D, D], projection [D, classes]}
+
+    A norm's name is that of its branch where it stands before the branch or after the sum, and ends in
+    `_output_norm` after the branch. `config.layer_places` says where layer i is. Rotated channels are halves (i, i +
+    H/2). With shared layers there is no axis of repeats.
+
     Attributes:
       config: the model's settings.
     """

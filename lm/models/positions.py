@@ -58,6 +58,15 @@ class Positions:
         del table_UN, queries_BT, keys_BS, num_heads, causal
         return None
 
+    def relative_tables(self, config: "Transformer") -> "tuple[Table, Table] | None":
+        """Returns a layer's own tables of relative positions, for keys and values; called in a compact method."""
+        del config
+        return None
+
+    def relative_rows(self, distance: jax.Array) -> jax.Array:
+        """Returns i32, the row of the relative tables for each distance (key position minus query position)."""
+        return distance
+
     def problems(self, head_dim: int) -> list[str]:
         """Returns one sentence for each reason why the scheme cannot work with heads of this size."""
         del head_dim
@@ -215,3 +224,24 @@ class Alibi(Positions):
         distance_BTS = jnp.abs(keys_BS[:, None, :] - queries_BT[:, :, None]).astype(jnp.float32)
         slopes = self.slopes(num_heads).astype(np.float32)
         return -jnp.asarray(slopes)[None, :, None, None] * distance_BTS[:, None, :, :]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Relative(Positions):
+    """A learned vector for each distance, added to keys and values, shared by the heads of a layer (Shaw et al. 2018).
+
+    Attributes:
+      max_distance: distances beyond this, to either side, share a vector.
+    """
+
+    max_distance: int = 16
+
+    def relative_tables(self, config: "Transformer") -> tuple[Table, Table] | None:
+        """Returns two tables of 2 max_distance + 1 rows, as wide as a head."""
+        sizes = (("U", 2 * self.max_distance + 1),)
+        keys = Table("UH", config, sizes=sizes, name="relative_keys")
+        return keys, Table("UH", config, sizes=sizes, name="relative_values")
+
+    def relative_rows(self, distance: jax.Array) -> jax.Array:
+        """Returns the distance, clipped, counted from the farthest key on the left."""
+        return jnp.clip(distance, -self.max_distance, self.max_distance) + self.max_distance

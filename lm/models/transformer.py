@@ -13,15 +13,16 @@ from lm.document import Layout as ExampleLayout
 from lm.models import accounting
 from lm.models.block import PLACEMENTS
 from lm.models.heads import HeadTransform
+from lm.models.latent import Latent
 from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
-from lm.models.mlp import Mlp
+from lm.models.mlp import Activation, Mlp
 from lm.models.multihead import MultiHead
-from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Rotary, Sinusoidal
+from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Relative, Rotary, Sinusoidal
 
 if TYPE_CHECKING:
     from lm.models.model import Model
 
-PositionScheme = NoPositions | Learned | Sinusoidal | Rotary | Bucketed | Alibi
+PositionScheme = NoPositions | Learned | Sinusoidal | Rotary | Bucketed | Alibi | Relative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ class Transformer:
       head_bias: whether logits have a bias.
       head_transform: a dense layer, activation and norm before the output projection (BERT); None is none.
       num_classes: labels of the head on the pooled state, for sentence pairs; 0 is no such head.
+      classifier_activation: nonlinearity of that head.
       num_token_types: rows of the table of token types (BERT's segments); 0 is no such table.
       num_block_positions: rows of the table of second positions, inside a blank (GLM); 0 is no such table.
       embedding_dim: width of the embedding table, if it is projected to model_dim (ALBERT); None means model_dim.
@@ -104,7 +106,7 @@ class Transformer:
     norm: RMSNorm | LayerNorm = RMSNorm()
     norm_placement: Literal["pre", "post", "sandwich", "branch", "deep"] = "pre"
     positions: PositionScheme = Rotary()
-    attention: MultiHead = MultiHead()
+    attention: MultiHead | Latent = MultiHead()
     mlp: Mlp = Mlp()
     layers: tuple[Layer, ...] = (Layer(),)
     first_layers: tuple[Layer, ...] = ()
@@ -113,6 +115,7 @@ class Transformer:
     head_bias: bool = False
     head_transform: HeadTransform | None = None
     num_classes: int = 0
+    classifier_activation: Activation = "tanh"
     num_token_types: int = 0
     num_block_positions: int = 0
     embedding_dim: int | None = None
@@ -279,7 +282,8 @@ class Transformer:
         return problems + self.attention.problems(self) + self.mlp.problems(self) + self._layer_problems()
 
     def _layer_problems(self) -> list[str]:
-        problems = list(self.positions.problems(self.sizes["H"]))
+        rotated = self.attention.rotated_width(self)
+        problems = list(self.positions.problems(rotated))
         if not self.layers:
             problems.append("config.model.layers: the repeating pattern needs at least one layer")
         if isinstance(self.positions, Sinusoidal) and self.model_dim % 2:
@@ -288,7 +292,7 @@ class Transformer:
             if layer.window is not None and layer.window < 1:
                 problems.append(f"config.model.layers.window: {layer.window} is neither None nor a positive number")
             if layer.positions is not None:
-                problems += layer.positions.problems(self.sizes["H"])
+                problems += layer.positions.problems(rotated)
             if layer.mlp is not None:
                 problems += layer.mlp.problems(self)
         if self.share_layers and self.layers and (self.first_layers or self.num_layers % len(self.layers)):

@@ -160,6 +160,8 @@ class GLM:
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each segment of the document: text and two tokens for each blank fit a row."""
         rng = context.rng(CORRUPTION)
+        if problems := self.length_problems(context.lengths):
+            raise ValueError(problems[0])
         vocabulary, limit = context.vocabulary, context.lengths.tokens
         examples, rest = [], document.tokens
         while len(rest) >= 2:
@@ -175,6 +177,10 @@ class GLM:
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         """Returns what cannot work in these settings."""
         problems = self.blanks.problems() + find_missing(specials, "mask", "sop", "eop")
-        if lengths.tokens < 8:
-            problems.append(f"rows of {lengths.tokens} tokens are too short for text and blanks: have at least 8")
-        return problems
+        return problems + self.length_problems(lengths)
+
+    def length_problems(self, lengths: Lengths) -> list[str]:
+        """Returns a sentence if the rows are too short for any text with its blanks."""
+        if lengths.tokens >= 8:
+            return []
+        return [f"rows of {lengths.tokens} tokens are too short for text and blanks: have at least 8"]

@@ -75,6 +75,17 @@ def test_first_fit_goes_back_to_the_first_row_with_room():
     assert batch.segment_ids.tolist() == [[1] * 5 + [2] * 3, [1] * 6 + [2] * 2, [1] * 4 + [0] * 4]
 
 
+def test_little_is_padding():
+    # Plain first-fit fills 0.90 of the rows here, first-fit decreasing 0.95.
+    sizes = np.random.default_rng(0).integers(133, 667, 20 * 64)
+    rows = [
+        row
+        for start in range(0, len(sizes), 64)
+        for row in first_fit((("d", example(np.zeros(n))) for n in sizes[start : start + 64]), Lengths(1024))
+    ]
+    assert sizes.sum() / (1024 * len(rows)) > 0.95
+
+
 def test_all_features_must_fit():
     sizes = [(2, 6), (2, 6), (2, 2)]
     rows, _ = pack([example([1] * a, encoder_inputs=[2] * b) for a, b in sizes], tokens=8, encoder=8)

@@ -49,6 +49,19 @@ def test_a_tokenised_corpus_gives_the_batches_of_its_text(config, tmp_path, open
         assert of_text.document_ids() == of_ids.document_ids()
 
 
+def test_workers_write_the_same_files(config, tmp_path):
+    tokenizer = Bytes().build(None)
+    for number in (0, 2):
+        preparation.tokenize(config, tokenizer, str(tmp_path / f"ids{number}"), num_workers=number)
+    for path in (tmp_path / "ids0").glob("*.*"):
+        assert path.read_bytes() == (tmp_path / "ids2" / path.name).read_bytes(), path.name
+    with open(config.source, "a") as file:
+        file.write("{bad\n")
+    with pytest.raises(DataError, match=r"a\.jsonl:81 is not valid JSON"):
+        preparation.tokenize(config, tokenizer, str(tmp_path / "bad"), num_workers=2)
+    assert not (tmp_path / "bad").exists()
+
+
 def test_another_tokenizer_is_refused(config, tmp_path):
     preparation.tokenize(config, Bytes().build(None), str(tmp_path / "ids"))
     ready = dataclasses.replace(config, source=str(tmp_path / "ids"), tokenizer=Bytes(num_sentinels=3))

@@ -26,6 +26,7 @@ class Case:
     config_class: str
     model_class: str
     settings: dict = dataclasses.field(hash=False)
+    # What is compared: decoder, encoder, body (an encoder without a head) or pair (encoder-decoder).
     kind: str = "decoder"
 
     def build(self, seed=0):
@@ -37,9 +38,12 @@ class Case:
         config._attn_implementation = "eager"
         model = getattr(transformers, self.model_class)(config).eval()
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if parameter.ndim == 1:  # scales and biases begin at one and zero, which would hide a swap
                     parameter.add_(torch.randn(parameter.shape) * 0.1)
+            if self.name == "t5_1.1":  # transformers 5 makes models with tied tables, and opens untied ones
+                model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape) * 0.2)
+                model.config.tie_word_embeddings = False
         return model
 
 
@@ -93,3 +97,39 @@ DECODERS = [
         | {"_sliding_window_pattern": 3, "sliding_window_pattern": 3},
     ),
 ]
+
+# Without grouped keys, which these families do not have.
+ENCODER = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
+T5 |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10, "initializer_factor": 0.5}
+BART = {"vocab_size": 97, "d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "max_position_embeddings": 64}
+BART |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+BART |= {"init_std": 0.2, "scale_embedding": True, "forced_eos_token_id": None}
+ENCODERS = [
+    Case("bert_mlm", "BertConfig", "BertForMaskedLM", ENCODER, "encoder"),
+    Case("bert_nsp", "BertConfig", "BertForPreTraining", ENCODER, "encoder"),
+    Case("bert_body", "BertConfig", "BertModel", ENCODER, "body"),
+    Case("roberta", "RobertaConfig", "RobertaForMaskedLM", ENCODER | {"pad_token_id": 1}, "encoder"),
+    Case("albert_sop", "AlbertConfig", "AlbertForPreTraining", ENCODER | {"embedding_size": 16}, "encoder"),
+    Case("albert_mlm", "AlbertConfig", "AlbertForMaskedLM", ENCODER | {"embedding_size": 16}, "encoder"),
+    Case(
+        "modernbert",
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        ENCODER | SPECIAL | {"num_hidden_layers": 7, "local_attention": 6},
+        "encoder",
+    ),
+]
+PAIRS = [
+    Case("t5_1.0", "T5Config", "T5ForConditionalGeneration", T5, "pair"),
+    Case(
+        "t5_1.1",
+        "T5Config",
+        "T5ForConditionalGeneration",
+        T5 | {"feed_forward_proj": "gated-gelu"} | {"scale_decoder_outputs": False},
+        "pair",
+    ),
+    Case("bart", "BartConfig", "BartForConditionalGeneration", BART, "pair"),
+]
+CASES = [*DECODERS, *ENCODERS, *PAIRS]

@@ -1,6 +1,11 @@
 """The laws that every objective keeps, over the table of all of them."""
 
 import dataclasses
+import hashlib
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -114,6 +119,41 @@ def test_an_example_depends_on_its_key_alone(row, stacks):
             assert len(again) == len(first[key, document.id])
             for one, other in zip(again, first[key, document.id], strict=True):
                 same(one, other)
+
+
+def digest():
+    """Returns a fingerprint of every objective's examples of two documents."""
+    total = hashlib.sha256()
+    for row in ROWS:
+        for stacks in row.stacks:
+            for document in (make_distinct(150), make_document(SENTENCES)):
+                for example in row.objective.examples(document, context_for(stacks, seed=1, epoch=2, index=3)):
+                    for field in dataclasses.fields(example):
+                        value = getattr(example, field.name)
+                        total.update(b"" if value is None else value.tobytes())
+    return total.hexdigest()
+
+
+def test_another_process_makes_the_same_examples():
+    program = "from tests.objectives.test_laws import digest; print(digest())"
+    root = pathlib.Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": str(root)}
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert other.stdout.strip() == digest()
+
+
+@pytest.mark.parametrize(("row", "stacks"), CASES)
+def test_rows_too_short_are_refused_or_work(row, stacks):
+    for tokens in range(1, 17):
+        context = context_for(stacks, tokens=tokens)
+        problems = row.objective.problems(SPECIALS, context.lengths)
+        for document in (make_distinct(40), make_document(SENTENCES[:60])):
+            try:
+                examples = row.objective.examples(document, context)
+            except ValueError:
+                assert problems
+            else:
+                assert problems or all(len(e.inputs) <= tokens for e in examples)
 
 
 @pytest.mark.parametrize(("row", "stacks"), CASES)
