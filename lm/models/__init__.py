@@ -3,6 +3,9 @@
 from lm.models.attention import Chunked as Chunked
 from lm.models.attention import Plain as Plain
 from lm.models.decoder import Decoder as Decoder
+from lm.models.dispatch import Capacity as Capacity
+from lm.models.dispatch import Dense as Dense
+from lm.models.dispatch import Dropless as Dropless
 from lm.models.electra import Electra as Electra
 from lm.models.encdec import EncoderDecoder as EncoderDecoder
 from lm.models.encoder import Encoder as Encoder
@@ -19,6 +22,8 @@ from lm.models.model import Model as Model
 from lm.models.model import Output as Output
 from lm.models.model import path_name as path_name
 from lm.models.model import select_rows as select_rows
+from lm.models.moe import MixtureOfExperts as MixtureOfExperts
+from lm.models.moe import SharedExpert as SharedExpert
 from lm.models.multihead import MultiHead as MultiHead
 from lm.models.positions import Alibi as Alibi
 from lm.models.positions import Bucketed as Bucketed
@@ -31,4 +36,7 @@ from lm.models.rope import LinearScaling as LinearScaling
 from lm.models.rope import Llama3Scaling as Llama3Scaling
 from lm.models.rope import NtkScaling as NtkScaling
 from lm.models.rope import YarnScaling as YarnScaling
+from lm.models.routing import BiasBalancing as BiasBalancing
+from lm.models.routing import ExpertGroups as ExpertGroups
+from lm.models.routing import Router as Router
 from lm.models.transformer import Layer as Layer

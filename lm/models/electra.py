@@ -156,14 +156,16 @@ class ElectraModel(Model):
         hidden_BT = batch.weights > 0
         original_BT = jnp.where(hidden_BT, batch.targets, batch.inputs)
         filled_BT = jnp.where(hidden_BT, samples_BT.astype(batch.inputs.dtype), batch.inputs)
-        loss, metrics = self._discriminate(params, batch._replace(inputs=filled_BT), original_BT, key)
-        logits = logits_BTV if with_logits else None
-        return made._replace(logits=logits, losses=made.losses | loss, metrics=made.metrics | metrics)
+        seen = self._discriminate(params, batch._replace(inputs=filled_BT), original_BT, key)
+        return made._replace(
+            logits=logits_BTV if with_logits else None,
+            losses=made.losses | seen.losses,
+            metrics=made.metrics | seen.metrics,
+            statistics={"generator": made.statistics, "discriminator": seen.statistics},
+        )
 
-    def _discriminate(
-        self, params: Parameters, batch: Batch, original_BT: jax.Array, key: jax.Array | None
-    ) -> tuple[dict[str, WeightedSum], dict[str, WeightedSum]]:
-        """Returns the discriminator's loss, over every token, and how often it is right."""
+    def _discriminate(self, params: Parameters, batch: Batch, original_BT: jax.Array, key: jax.Array | None) -> Output:
+        """Returns the discriminator's output with its loss, over every token, and how often it is right."""
         unlabelled = batch._replace(label_targets=None)
         own, model = params["discriminator"], self.discriminator
         seen = model.apply(own, unlabelled, key=fold(key, DISCRIMINATOR), with_logits=False)
@@ -178,7 +180,7 @@ class ElectraModel(Model):
             "discriminator_accuracy": WeightedSum(jnp.sum(right_BT * tokens_BT), count),
             "replaced": WeightedSum(jnp.sum(replaced_BT * tokens_BT), count),
         }
-        return {"discriminator": loss} | seen.losses, metrics | seen.metrics
+        return seen._replace(losses={"discriminator": loss} | seen.losses, metrics=metrics | seen.metrics)
 
     def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
         """Returns the generator's f32[B, T, V] for its hidden states [B, T, D]."""

@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.products import contract
+from lm.models.products import Product, contract
 
 if TYPE_CHECKING:
     from lm.models.transformer import Transformer
@@ -125,10 +125,18 @@ class FanInInitializer:
 Role = Literal["matrix", "table", "scale", "bias"]
 
 
+class Rule(Protocol):
+    """Says how a parameter that no gradient moves follows from what was counted in a step."""
+
+    def update(self, value: jax.Array, statistic: jax.Array) -> jax.Array:
+        """Returns the next value, of the same shape; a leading axis of layers is there for both or neither."""
+        ...
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("value",),
-    meta_fields=("axes", "role", "fan_in", "distribution", "input_axes", "active_share"),
+    meta_fields=("axes", "role", "fan_in", "distribution", "input_axes", "active_share", "rule"),
 )
 @dataclasses.dataclass(frozen=True)
 class Parameter(nn.meta.AxisMetadata):
@@ -142,6 +150,8 @@ class Parameter(nn.meta.AxisMetadata):
       fan_in: number of inputs that are summed into one output; 1 for tables, scales and biases.
       input_axes: logical names of the axes that are summed over; empty for tables, scales and biases.
       active_share: share of its elements that one token meets; below 1 for the experts of a mixture.
+      rule: how its value follows from what was counted in a step, for one that no gradient moves (a router's balancing
+        bias); None is left to the optimizer.
     """
 
     value: Any
@@ -151,6 +161,7 @@ class Parameter(nn.meta.AxisMetadata):
     fan_in: int = 1
     input_axes: tuple[str, ...] = ()
     active_share: float = 1.0
+    rule: Rule | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -218,12 +229,13 @@ class Einsum(nn.Module):
     float32_result: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, equation: str | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, equation: str | None = None, product: Product = contract) -> jax.Array:
         """Returns the product, in the compute dtype unless float32_result.
 
         Args:
           x: the first operand.
           equation: another product of the same kernel, where there is no bias (absorbed projections).
+          product: computes the equation, where it is not the plain one (rows of different experts).
         """
         operands, result = self.equation.split("->")
         letters = operands.split(",")[1]
@@ -244,7 +256,7 @@ class Einsum(nn.Module):
                 active_share=self.active_share,
             ),
         )
-        y = contract(equation or self.equation, x, kernel, self.config.compute_dtype)
+        y = product(equation or self.equation, x, kernel, self.config.compute_dtype)
         if self.use_bias:
             outputs = [letter for letter in letters if letter in result]
             shape = tuple(sizes[letter] for letter in outputs)

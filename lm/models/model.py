@@ -39,6 +39,8 @@ class Output(NamedTuple):
         weight and added to the objective's.
       metrics: what is worth logging.
       cache: the cache with this batch appended, or None.
+      statistics: what layers counted for `Model.after_update`, at the paths of the parameters that it is for; empty for
+        most models. Those of microbatches are to be added.
     """
 
     hidden: jax.Array
@@ -46,11 +48,16 @@ class Output(NamedTuple):
     losses: dict[str, WeightedSum]
     metrics: dict[str, WeightedSum]
     cache: Cache | None
+    statistics: Parameters
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns a key path of the parameter tree as "decoder/stack/layers/...": the name of a parameter."""
     return "/".join(str(entry.key) for entry in path)
+
+
+def _flat(parameters: Any) -> list[tuple[tuple[Any, ...], Parameter]]:
+    return jax.tree_util.tree_leaves_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,40 +132,66 @@ class Model:
         context = Context(side, side, key=key)
         losses: dict[str, WeightedSum] = {}
         metrics: dict[str, WeightedSum] = {}
+        encoder_statistics: Parameters = {}
         if cache is not None:
             cache = _append(cache, side)
             context = _cached_context(cache, side, key)
         elif self._reads_encoder:
             read = encoder_inputs(batch)
-            memory_BSD, losses, metrics = self._call(params, read, key, method=Network.encode)
+            encoded, encoder_statistics = self._count(params, read, key, method=Network.encode)
+            memory_BSD, losses, metrics = encoded
             context = context._replace(memory_BSD=memory_BSD, memory=read.side)
         layers = None if cache is None else cache["layers"]
-        hidden_BTD, layers, more_losses, more_metrics = self._call(params, inputs, context, layers)
+        result, statistics = self._count(params, inputs, context, layers)
+        hidden_BTD, layers, more_losses, more_metrics = result
         losses, metrics = add_sums(losses, more_losses), add_sums(metrics, more_metrics)
         if self.config.num_classes and batch.label_targets is not None:
             losses["labels"], metrics["label_accuracy"] = label_sums(self.class_logits(params, hidden_BTD), batch)
         if cache is not None:
             cache = {**cache, "layers": layers, "index": cache["index"] + batch.inputs.shape[1]}
         logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
-        return Output(hidden_BTD, logits_BTV, losses, metrics, cache)
+        return Output(hidden_BTD, logits_BTV, losses, metrics, cache, {**encoder_statistics, **statistics})
+
+    def after_update(self, old: Parameters, new: Parameters, statistics: Parameters) -> Parameters:
+        """Sets the parameters that no gradient moves, by the rules of their descriptions.
+
+        Args:
+          old: the parameters before the step.
+          new: the same after the optimizer; what it did to parameters that have a rule is dropped.
+          statistics: `Output.statistics`, added over the whole batch.
+
+        Returns:
+          `new` with those parameters following from `old` and `statistics`; `new` itself for most models.
+        """
+        rules = {path_name(path): leaf.rule for path, leaf in _flat(self.parameters()) if leaf.rule is not None}
+        if not rules:
+            return new
+        counted = {path_name(path): statistic for path, statistic in jax.tree_util.tree_leaves_with_path(statistics)}
+
+        def choose(path: tuple[Any, ...], before: jax.Array, after: jax.Array) -> jax.Array:
+            name = path_name(path)
+            return rules[name].update(before, counted[name]) if name in rules else after
+
+        return jax.tree_util.tree_map_with_path(choose, old, new)
 
     def _replace_and_detect(self, params: Parameters, batch: Batch, key: jax.Array | None, with_logits: bool) -> Output:
         """Runs the generator, whose hidden states and logits are the result, and the detector, whose loss is added."""
         inputs = main_inputs(batch)
-        hidden_BTD, losses, metrics = self._call(params, inputs, key, method=Network.generate)
+        (hidden_BTD, losses, metrics), statistics = self._count(params, inputs, key, method=Network.generate)
         logits_BTV = self.logits(params, hidden_BTD)
         # Evaluation draws as well, the same in every run.
         draw_key = jax.random.key(0) if key is None else jax.random.fold_in(key, DRAWS)
         replaced_BT = replace_tokens(logits_BTV, batch, draw_key)
         context = Context(inputs.side, inputs.side, key=key)
-        found = self._call(params, inputs._replace(tokens=replaced_BT), context, None)
+        found, more_statistics = self._count(params, inputs._replace(tokens=replaced_BT), context, None)
         found_BTD, _, more_losses, more_metrics = found
         loss, accuracy = detection_sums(self._call(params, found_BTD, method=Network.detect), replaced_BT, batch)
         losses, metrics = add_sums(losses, more_losses), add_sums(metrics, more_metrics)
         weight = self.config.detection_weight
         losses["detection"] = WeightedSum(weight * loss.sum, loss.weight)
         metrics["detection_accuracy"] = accuracy
-        return Output(hidden_BTD, logits_BTV if with_logits else None, losses, metrics, None)
+        logits_BTV = logits_BTV if with_logits else None
+        return Output(hidden_BTD, logits_BTV, losses, metrics, None, {**statistics, **more_statistics})
 
     def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
         """Returns f32[B, T, V] for hidden states [B, T, D], soft-cap included; any chunk of positions will do."""
@@ -226,6 +259,12 @@ class Model:
     @property
     def _reads_encoder(self) -> bool:
         return self.config.encoder_depth > 0 and self.config.decoder_depth > 0
+
+    def _count(self, params: Parameters, *arguments: Any, method: Any = None) -> tuple[Any, Parameters]:
+        """Calls the network and returns its result and the statistics of its layers."""
+        network = Network(self.config)
+        result, state = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        return result, dict(state.get("statistics", {}))
 
     def _call(self, params: Parameters, *arguments: Any, method: Any = None) -> Any:
         return Network(self.config).apply({"params": params}, *arguments, method=method)

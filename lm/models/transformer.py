@@ -16,6 +16,7 @@ from lm.models.heads import HeadTransform
 from lm.models.latent import Latent
 from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
 from lm.models.mlp import Activation, Mlp
+from lm.models.moe import MixtureOfExperts
 from lm.models.multihead import MultiHead
 from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Relative, Rotary, Sinusoidal
 
@@ -39,7 +40,7 @@ class Layer:
 
     window: int | None = None
     positions: NoPositions | Rotary | Alibi | None = None
-    mlp: Mlp | None = None
+    mlp: Mlp | MixtureOfExperts | None = None
     normalize_attention: bool = True
 
 
@@ -70,7 +71,7 @@ class Transformer:
         branch) or deep (DeepNorm: post, with a weighted residual stream and smaller initial weights).
       positions: how positions enter.
       attention: settings of attention.
-      mlp: settings of the feed-forward layer.
+      mlp: settings of the feed-forward layer, dense or a mixture of experts.
       layers: the repeating pattern of layers.
       first_layers: layers before the pattern begins.
       parallel_block: whether attention and feed-forward read the same normalised input (PaLM).
@@ -107,7 +108,7 @@ class Transformer:
     norm_placement: Literal["pre", "post", "sandwich", "branch", "deep"] = "pre"
     positions: PositionScheme = Rotary()
     attention: MultiHead | Latent = MultiHead()
-    mlp: Mlp = Mlp()
+    mlp: Mlp | MixtureOfExperts = Mlp()
     layers: tuple[Layer, ...] = (Layer(),)
     first_layers: tuple[Layer, ...] = ()
     parallel_block: bool = False
@@ -246,6 +247,18 @@ class Transformer:
     def num_parameters(self) -> int:
         """Counts the parameters, without allocating any."""
         return accounting.num_parameters(self.build().parameters())
+
+    def num_active_parameters(self) -> int:
+        """Counts the parameters that one token meets, without allocating any: not the experts that it does not."""
+        return accounting.num_active_parameters(self.build().parameters())
+
+    def cache_bytes_per_token(self) -> int:
+        """Counts the bytes that each token of a decoder adds to the cache."""
+        return accounting.cache_bytes_per_token(self)
+
+    def flops_per_example(self, length: int, encoder_length: int | None = None) -> float:
+        """Counts a training step's operations per sequence; arguments as of `flops_per_token`."""
+        return length * self.flops_per_token(length, encoder_length)
 
     def flops_per_token(self, length: int, encoder_length: int | None = None) -> float:
         """Counts a training step's operations per token; `lm.models.accounting.flops_per_token` says how.
