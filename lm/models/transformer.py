@@ -156,14 +156,9 @@ class Transformer:
         return any((layer.positions or self.positions).tells_order for layer in (*self.first_layers, *self.layers))
 
     @property
-    def generator_settings(self) -> "Transformer | None":
-        """Settings of the encoder that replaces tokens for this one to find (ELECTRA), or None."""
-        return None
-
-    @property
-    def detection_weight(self) -> float:
-        """Coefficient of the loss of finding replaced tokens."""
-        return 0.0
+    def judges_replacements(self) -> bool:
+        """Whether the model replaces hidden tokens and learns to find them (ELECTRA)."""
+        return False
 
     @property
     def sizes(self) -> dict[str, int]:
