@@ -295,8 +295,8 @@ class Transformer:
         problems = list(self.positions.problems(rotated))
         if not self.layers:
             problems.append("config.model.layers: the repeating pattern needs at least one layer")
-        if isinstance(self.positions, Sinusoidal) and self.model_dim % 2:
-            problems.append(f"config.model.model_dim: {self.model_dim} must be even for sinusoidal positions")
+        if isinstance(self.positions, Sinusoidal) and self.embedding_width % 2:
+            problems.append(f"config.model.model_dim: {self.embedding_width} must be even for sinusoidal positions")
         for layer in (*self.first_layers, *self.layers):
             if layer.window is not None and layer.window < 1:
                 problems.append(f"config.model.layers.window: {layer.window} is neither None nor a positive number")
