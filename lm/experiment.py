@@ -11,7 +11,7 @@ from typing import Literal
 from lm.config import ConfigError
 from lm.data import DataConfig
 from lm.document import Layout
-from lm.models import Decoder, Encoder, EncoderDecoder
+from lm.models import Decoder, Electra, Encoder, EncoderDecoder
 from lm.objectives import AnyObjective, Causal
 from lm.optim import OptimizerConfig
 from lm.parallel import MeshConfig
@@ -139,14 +139,15 @@ class Experiment:
       batch_size: rows per update, over all devices and microbatches.
       num_microbatches: pieces a batch is cut into to save memory; the result is that of one batch.
       seed: seeds initialisation and dropout (the data has its own seed).
-      init_from: workdir of another run whose parameters to start from; weights only.
+      init_from: workdir of another run, or Hugging Face checkpoint folder, whose parameters to start from; weights
+        only.
       evaluation: held-out evaluation inside the loop.
       checkpoint: when to save and what to keep.
       logging: what to write down.
       compilation_cache: directory of jax's persistent compilation cache; none turns it off.
     """
 
-    model: Decoder | Encoder | EncoderDecoder
+    model: Decoder | Encoder | EncoderDecoder | Electra
     objective: AnyObjective = Causal()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -257,13 +258,15 @@ class Experiment:
             )
         if self.model.num_block_positions and "block_positions" not in traits.fields:
             found.append(f"{objective} has no blanks for model.num_block_positions to count in: set it to 0")
-        if traits.needs_generator and self.model.generator_settings is None:
-            found.append(f"{objective} needs a generator, {model} has none: use an Encoder, model.generator=Generator")
-        if self.model.generator_settings is not None and not traits.originals:
+        if traits.needs_generator and not self.model.judges_replacements:
+            found.append(f"{objective} needs a generator, {model} has none: use --config.model=Electra")
+        if self.model.judges_replacements and not traits.originals:
             found.append(
-                f"model.generator judges every position, and {objective} tells the original tokens at some only: set "
-                "it to none, or use ReplacedTokenDetection"
+                f"{model} judges every position, and {objective} tells the original tokens at some only: use "
+                "--config.objective=ReplacedTokenDetection"
             )
+        if self.model.judges_replacements and traits.num_labels:
+            found.append(f"{objective} labels examples, and {model} has no pooled head: use --config.model=Encoder")
         return found
 
     def validate(self) -> None:

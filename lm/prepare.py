@@ -1,8 +1,8 @@
 """Prepares text for training: python -m lm.prepare --input='texts/**/*.txt' --output=tokenizer --vocab_size=8192
 
 Trains a tokenizer on files (or, without --input, on Python's own standard library). With --tokenize it also
-writes the tokenised corpus, which --config.data.source=OUTPUT reads. --inspect=TOKENIZER --text='...' shows
-what a tokenizer does with a text.
+writes the tokenised corpus; a run reads it with --config.data.source=OUTPUT --config.data.tokenizer=Saved
+--config.data.tokenizer.directory=OUTPUT/tokenizer. --inspect=TOKENIZER --text='...' shows what a tokenizer does.
 """
 
 import dataclasses

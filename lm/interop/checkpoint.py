@@ -27,7 +27,7 @@ from lm.interop.meaning import differences
 from lm.interop.modernbert import MODERNBERT
 from lm.interop.t5 import T5
 from lm.interop.tensors import Dtype, InteropError, Tensors, new_folder, read_json, tensor_names, write_tensors
-from lm.models.model import path_name
+from lm.models import path_name
 from lm.models.transformer import Transformer
 
 # Where several can express a config, the first writes it.
@@ -138,6 +138,11 @@ def load_params(folder: str | pathlib.Path, config: Transformer | None = None) -
         for entry in entries:
             _fill(leaves, entry, names[entry.name], tensors, folder)
     return _nest(leaves)
+
+
+def import_params(folder: str, config: Transformer) -> dict[str, Any] | None:
+    """Returns the parameters of a checkpoint folder as `load_params` does; None if the folder is no such checkpoint."""
+    return load_params(folder, config) if is_checkpoint(folder) else None
 
 
 def _match(family: Family, folder: pathlib.Path, entries: list[Entry], tensors: Tensors) -> dict[str, str]:

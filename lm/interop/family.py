@@ -11,7 +11,8 @@ from typing import Any
 
 from lm.interop.layouts import Layout, parse_layout
 from lm.interop.tensors import InteropError
-from lm.models.transformer import Layer, Transformer
+from lm.models import Layer
+from lm.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,7 @@ from typing import Any
 from lm.interop.family import Config, Family, Fields, Row, attention, fold_layers, linear, norm, row
 from lm.interop.meaning import unfold_layers
 from lm.interop.rotary import read_rotary, write_rotary
-from lm.models.decoder import Decoder
-from lm.models.layers import RMSNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Rotary
-from lm.models.transformer import Layer
+from lm.models import Decoder, Layer, Mlp, MultiHead, RMSNorm, Rotary
 
 LAYER, OURS = "model.layers.{layer}", "decoder/stack/{layer}"
 EMBEDDINGS = (

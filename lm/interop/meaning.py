@@ -8,10 +8,8 @@ import dataclasses
 from typing import Any
 
 from lm import config as configs
-from lm.models.attention import Plain
-from lm.models.encdec import EncoderDecoder
-from lm.models.layers import NormalInitializer
-from lm.models.transformer import Layer, Transformer
+from lm.models import EncoderDecoder, Layer, NormalInitializer, Plain
+from lm.models.transformer import Transformer
 
 # Fields that change how a model is computed or trained, at any depth, and what they are set to.
 _RUNNING: dict[str, Any] = {

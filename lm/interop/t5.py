@@ -7,11 +7,7 @@ output matrix of its own. Since transformers 5 no field says which: the tensors 
 from typing import Any
 
 from lm.interop.family import Config, Family, Fields, Row, attention, linear, row
-from lm.models.encdec import EncoderDecoder
-from lm.models.layers import RMSNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Bucketed
+from lm.models import Bucketed, EncoderDecoder, Mlp, MultiHead, RMSNorm
 
 
 def _tower(tower: str, mlp: int) -> tuple[Row, ...]:

@@ -13,7 +13,6 @@ from flax import linen as nn
 
 from lm.batch import Batch
 from lm.models.attention import Side
-from lm.models.generator import Detector
 from lm.models.heads import Classifier, Head
 from lm.models.layers import Einsum, Norm, Table, dropout, fold
 from lm.models.multihead import Context
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 # What a tower's randomness is for; layers take their own numbers.
 EMBEDDING_DROPOUT = 1 << 20
-ENCODER, DECODER, GENERATOR = 1, 2, 3
+ENCODER, DECODER = 1, 2
 
 
 class Inputs(NamedTuple):
@@ -106,6 +105,29 @@ class Tower(nn.Module):
 class Network(nn.Module):
     """A token table, the towers that the settings ask for, and a head.
 
+    The parameter tree, which checkpoints and converters rely on (a part is there if the settings ask for it; every
+    linear map has `kernel`, in the order of its equation, and maybe `bias`; every norm `scale` and maybe `bias`):
+
+        tokens/embedding [V, D]                       the table, also the output projection if embeddings are tied
+        encoder/..., decoder/...                      a tower each:
+          positions/embedding, types/embedding, block_positions/embedding, embedding_norm, embedding_projection
+          stack/relative_bias/embedding [buckets, N]  T5's biases, shared by the layers
+          stack/RUN/block_I/...                       RUN is first, layers or last; a leading axis of repeats
+            attention_norm, attention_output_norm, cross_norm, cross_output_norm, mlp_norm, mlp_output_norm
+            attention/{query [D, N, H], key, value [D, K, H], out [N, H, D], query_norm, key_norm, sinks [N]}
+            attention/{relative_keys, relative_values}/embedding [distances, H]
+            attention/{query_down [D, R], query_norm, query_up [R, N, H], kv_down, kv_norm, key_rotary [D, H],
+              key_up, value_up [R, N, H], out}        latent attention
+            cross/...                                 as attention
+            mlp/{gate, up [D, F], down [F, D]}
+          final_norm
+        head/{dense [D, D], norm, projection [D, V], bias [V]}
+        classifier/{pooler [D, D], projection [D, classes]}
+
+    A norm's name is that of its branch where it stands before the branch or after the sum, and ends in
+    `_output_norm` after the branch. `config.layer_places` says where layer i is. Rotated channels are halves (i, i +
+    H/2). With shared layers there is no axis of repeats.
+
     Attributes:
       config: the model's settings.
     """
@@ -120,11 +142,7 @@ class Network(nn.Module):
             self.encoder = Tower(config, config.encoder_depth, causal=False)
         if config.decoder_depth:
             self.decoder = Tower(config, config.decoder_depth, causal=True, cross=config.encoder_depth > 0)
-        generator = config.generator_settings
-        if generator is not None:
-            self.generator = Tower(generator, generator.encoder_depth, causal=False)
-            self.detector = Detector(config)
-        self.head = Head(generator or config)
+        self.head = Head(config)
         if config.num_classes:
             self.classifier = Classifier(config)
 
@@ -140,16 +158,6 @@ class Network(nn.Module):
         context = Context(inputs.side, inputs.side, key=fold(key, ENCODER))
         hidden_BSD, _, losses, metrics = self.encoder(self.tokens(inputs.tokens), inputs, context, None)
         return hidden_BSD, losses, metrics
-
-    def generate(self, inputs: Inputs, key: jax.Array | None) -> tuple[jax.Array, Sums, Sums]:
-        """Runs the generator on hidden tokens: hidden states of its own width for `logits`, losses, metrics."""
-        context = Context(inputs.side, inputs.side, key=fold(key, GENERATOR))
-        hidden_BTD, _, losses, metrics = self.generator(self.tokens(inputs.tokens), inputs, context, None)
-        return hidden_BTD, losses, metrics
-
-    def detect(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns f32[B, T], logits that the tokens were replaced."""
-        return self.detector(hidden_BTD)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns f32[B, T, V] for hidden states of the main tower."""
@@ -170,9 +178,6 @@ class Network(nn.Module):
         hidden_BTD, _, _, _ = self(inputs, context, None)
         if self.config.num_classes:
             self.class_logits(hidden_BTD)
-        if self.config.generator_settings is not None:
-            self.detect(hidden_BTD)
-            hidden_BTD, _, _ = self.generate(inputs, None)
         return self.logits(hidden_BTD)
 
 

@@ -195,3 +195,10 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
                 continue
             return candidate, read[item]
     raise CheckpointError(f"no checkpoint in {directory} fits this model; " + "; ".join(reasons))
+
+
+def save_params(workdir: pathlib.Path, params: Tree) -> None:
+    """Saves parameters alone as step 0, for `restore_params`: to be used or started from, not gone on with."""
+    directory = (workdir / "checkpoints").absolute()
+    with ocp.CheckpointManager(directory, item_names=ITEMS) as manager:
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))

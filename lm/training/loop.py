@@ -25,7 +25,7 @@ from lm.training.assembly import Assembly, assemble, check_batch_size, use_compi
 from lm.training.checkpoints import Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
 from lm.training.meter import Meter
-from lm.training.state import TrainState, Tree
+from lm.training.state import TrainState, Tree, place
 from lm.training.step import make_train_step
 from lm.training.workdir import locked, open_workdir, write_record
 
@@ -34,6 +34,9 @@ EXIT_PREEMPTED = 75
 
 # (parameters, whether the whole split is wanted) -> held-out figures, "nll" among them.
 Evaluate = Callable[[Tree, bool], dict[str, float]]
+
+# (folder, model's config) -> parameters on the host; None if the folder is in no other project's format.
+ImportParams = Callable[[str, Any], Tree | None]
 
 
 @dataclasses.dataclass
@@ -80,7 +83,13 @@ class TrainLoop:
     """One start of a run, from the state that was restored to its end or to a request to stop."""
 
     def __init__(
-        self, assembly: Assembly, workdir: pathlib.Path, batches: Batches, checkpoints: Checkpoints, evaluate: Evaluate
+        self,
+        assembly: Assembly,
+        workdir: pathlib.Path,
+        batches: Batches,
+        checkpoints: Checkpoints,
+        evaluate: Evaluate,
+        import_params: ImportParams | None = None,
     ) -> None:
         """Takes the parts; restores nothing and runs nothing yet."""
         self.assembly = assembly
@@ -88,6 +97,7 @@ class TrainLoop:
         self.batches = batches
         self.checkpoints = checkpoints
         self.evaluate = evaluate
+        self.import_params = import_params
         self.workdir = workdir
         self.counters = Counters()
         self.step = 0
@@ -99,7 +109,7 @@ class TrainLoop:
         if found is None:
             state = self.assembly.init()
             if self.config.init_from is not None:
-                _, params = restore_params(pathlib.Path(self.config.init_from), self.assembly.state.params)
+                params = self._first_params(self.config.init_from)
                 average = self.config.optimizer.average
                 state = state._replace(params=params, average=None if average is None else average.init(params))
             return state
@@ -107,6 +117,14 @@ class TrainLoop:
         self.batches.set_state(found.data["batches"])
         self.counters = Counters(**found.data["counters"])
         return found.state
+
+    def _first_params(self, folder: str) -> Tree:
+        """Returns the parameters of another run or, if they can be imported, of another project, on the devices."""
+        like = self.assembly.state.params
+        params = None if self.import_params is None else self.import_params(folder, self.config.model)
+        if params is None:
+            return restore_params(pathlib.Path(folder), like)[1]
+        return place(params, like)
 
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""
@@ -228,6 +246,7 @@ def train(
     make_evaluate: Callable[[Assembly], Evaluate],
     *,
     force_config: bool = False,
+    import_params: ImportParams | None = None,
 ) -> bool:
     """Trains a run to its end, from its newest checkpoint if it has one.
 
@@ -236,6 +255,7 @@ def train(
       workdir: folder of the run.
       make_evaluate: makes the held-out evaluation of this run.
       force_config: go on although the folder holds another config.
+      import_params: reads `init_from` where that is a folder of another project; None reads only runs.
 
     Returns:
       Whether the run is finished; False if it was asked to stop.
@@ -260,7 +280,7 @@ def train(
         )
         checkpoints = Checkpoints(folder, experiment.checkpoint)
         try:
-            loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly))
+            loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params)
             state = loop.restore()
             facts = {
                 "from_step": loop.step,

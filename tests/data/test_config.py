@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lm.config import from_json, override, to_json
+from lm.config import field_help, from_json, override, to_json
 from lm.data import Bytes, DataConfig, Files, HuggingFace, Saved, SentencePiece, StandardLibrary, Tokenized
 
 
@@ -67,7 +67,7 @@ def test_saved_and_loaded():
 def test_every_field_is_documented():
     for cls in (DataConfig, Files, StandardLibrary, Tokenized, Bytes, SentencePiece, HuggingFace, Saved):
         for field in dataclasses.fields(cls):
-            assert f"\n      {field.name}: " in cls.__doc__, f"{cls.__name__}.{field.name}"
+            assert field_help(cls).get(field.name, "").endswith("."), f"{cls.__name__}.{field.name}"
 
 
 def test_no_jax_until_the_first_batch():

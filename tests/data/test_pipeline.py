@@ -190,13 +190,23 @@ def test_worker_processes_do_not_change_the_batches(mixture, num_workers):
     same(take(batches, 7), plain[5:])
 
 
+def all_passed(state, num_epochs):
+    """Whether each lane is through its windows of the first epochs."""
+    per_epoch = [-(-documents // size) for documents, size in zip(state["documents"], state["windows"], strict=True)]
+    return all(
+        lane + state["batch_size"] * cursor[0] >= num_epochs * windows
+        for lane, cursors in enumerate(state["cursors"])
+        for cursor, windows in zip(cursors, per_epoch, strict=True)
+    )
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 80])
 def test_every_document_comes_once_an_epoch(mixture, batch_size):
     settings = dataclasses.replace(mixture, validation_fraction=0.0)
     batches = open_training(settings, Places(), TOKENIZER, batch_size)
     seen = collections.Counter()
     documents = collections.defaultdict(set)
-    while min(batches.statistics()[name] for name in ("epochs", "epochs/1")) < 4:
+    while not all_passed(batches.get_state(), 2):
         batch = next(batches)
         places = batch.targets.reshape(-1)[(batch.segment_ids > 0).reshape(-1)].reshape(-1, 2)
         seen.update(map(tuple, places.tolist()))
@@ -368,6 +378,9 @@ def test_statistics_ids_and_digests(config):
     assert statistics["batches"] == 6
     assert statistics["tokens_per_second"] > 0
     assert 0 < statistics["epochs"] < 3
+    # The share of the documents that were read, one row of a long document or not.
+    read = {name for _, names in run(config, Chunks(), 4, 6) for name in names}
+    assert statistics["epochs"] == pytest.approx(len(read) / 48, abs=0.3)
     assert len(set(digests)) == 6
     again = open_training(config, Chunks(), TOKENIZER, 4)
     next(again)
