@@ -125,9 +125,11 @@ class Plain:
             weights_BKGTS = jax.nn.softmax(jnp.concatenate([scores_BKGTS, sinks], axis=-1), axis=-1)[..., :-1]
         else:
             weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-        weights_BKGTS = jnp.where(allowed, weights_BKGTS, 0.0)
         weights_BKGTS = dropout(weights_BKGTS, scoring.dropout_rate, scoring.key)
         out_BTKGH = contract("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, q_BTNH.dtype)
+        # Hidden keys have weight exp(MASKED - largest) = 0, but for a query that may read none: it gets zeros here.
+        reads_BT111 = jnp.any(allowed, axis=(1, 2, 4))[..., None, None, None]
+        out_BTKGH = jnp.where(reads_BT111, out_BTKGH, 0.0)
         return out_BTKGH.reshape(*q_BTNH.shape[:3], v_BSKH.shape[-1]).astype(q_BTNH.dtype)
 
     def problems(self, dropout_rate: float) -> list[str]:

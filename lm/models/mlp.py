@@ -84,10 +84,10 @@ class MlpLayer(nn.Module):
         up_BTF = Einsum("BTD,DF->BTF", config, mlp.use_bias, sizes=sizes, scale=self.gain, name="up")(x_BTD)
         if mlp.gated:
             gate = Einsum("BTD,DF->BTF", config, mlp.use_bias, sizes=sizes, scale=self.gain, name="gate")
-            gate_BTF = gate(x_BTD)
-            hidden_BTF = activate(gate_BTF) * up_BTF
+            # Checkpointed: what the backward pass keeps is the products, not the steps of the activation.
+            hidden_BTF = jax.checkpoint(lambda gate_BTF, up_BTF: activate(gate_BTF) * up_BTF)(gate(x_BTD), up_BTF)
         else:
-            hidden_BTF = activate(up_BTF)
+            hidden_BTF = jax.checkpoint(activate)(up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "activation_mlp")
         hidden_BTF = dropout(hidden_BTF, mlp.dropout_rate, fold(context.key, 0))
         down = Einsum("BTF,FD->BTD", config, mlp.use_bias, residual=True, sizes=sizes, scale=self.gain, name="down")
