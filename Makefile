@@ -41,7 +41,7 @@ test-slow: $(VENV)/installed-$(EXTRAS)
 check: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/basedpyright --level error
+	$(BIN)/basedpyright --pythonpath $(BIN)/python --level error
 
 format: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 FORMATS = ["pyarrow>=18", "zstandard>=0.23", "array-record>=0.8", "tokenizers>=0.21"]
-TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "basedpyright>=1.30", *FORMATS]
+TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "basedpyright>=1.30"]
 
 setup(
     name="lm",
@@ -28,11 +28,12 @@ setup(
         "matplotlib>=3.9",
         "tensorboard>=2.18",
         "tqdm>=4.66",
+        "safetensors>=0.5",
+        *FORMATS,
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-        "formats": FORMATS,
         "test": TEST,
         # Reference implementations to compare with, never imported by lm itself.
         "oracle": ["torch==2.13.0", "transformers>=5"],

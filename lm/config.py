@@ -101,6 +101,17 @@ def _alternatives(hint: Any) -> list[Any]:
     return list(typing.get_args(hint)) if typing.get_origin(hint) in (Union, types.UnionType) else [hint]
 
 
+def members(hint: Any) -> list[Any]:
+    """Returns the dataclasses that a value of type `hint` can be or hold."""
+    found = []
+    for option in _alternatives(hint):
+        if typing.get_origin(option) is tuple:
+            found += members(typing.get_args(option)[0])
+        elif dataclasses.is_dataclass(option):
+            found.append(option)
+    return found
+
+
 def describe(hint: Any) -> str:
     """Returns a type hint in words a user types."""
     if typing.get_origin(hint) is Literal:
@@ -164,7 +175,7 @@ def parse(hint: Any, text: str, path: str, current: Any = None) -> Any:
         return _parse_any(hint, text, current)
     except ValueError:
         pass
-    names = [a.__name__ for a in _alternatives(hint) if dataclasses.is_dataclass(a)]
+    names = [describe(a) for a in _alternatives(hint) if dataclasses.is_dataclass(a)]
     names += [str(a) for h in _alternatives(hint) if typing.get_origin(h) is Literal for a in typing.get_args(h)]
     near = f"; {_nearest(text, names)}" if names else ""
     raise ConfigError(f"{path}: {text!r} is not {describe(hint)}{near}")

@@ -31,6 +31,10 @@ def main(_: list[str]) -> int:
     if _DATA.value is not None:
         data = dataclasses.replace(run.experiment.data, source=_DATA.value, validation_fraction=1.0)
     figures = make_evaluate(run.assembly, data, _BATCH_SIZE.value)(run.params, True)
+    if not figures:
+        raise ConfigError(
+            f"{_WORKDIR.value} held nothing out (data.validation_fraction is 0); name text with --data=FILES"
+        )
     if _JSON.value:
         print(json.dumps({"step": run.step, **figures}))
         return 0

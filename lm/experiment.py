@@ -10,8 +10,9 @@ from typing import Literal
 
 from lm.config import ConfigError
 from lm.data import DataConfig
-from lm.models import Decoder
-from lm.objectives import Causal
+from lm.document import Layout
+from lm.models import Decoder, Electra, Encoder, EncoderDecoder
+from lm.objectives import AnyObjective, Causal
 from lm.optim import OptimizerConfig
 from lm.parallel import MeshConfig
 
@@ -111,6 +112,18 @@ def _below_one(section: str, config: object, names: tuple[str, ...]) -> list[str
     ]
 
 
+def too_few_ids(vocab_size: int, needed: int) -> str:
+    """Returns the sentence that the model has fewer token ids than the tokenizer."""
+    return (
+        f"model.vocab_size {vocab_size} is smaller than the tokenizer's {needed} ids; "
+        f"use --config.model.vocab_size={needed} or more"
+    )
+
+
+# The class of model that reads examples of each layout, for sentences that name a remedy.
+MODELS: dict[Layout, type] = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One run. `python -m lm.train --config=FILE --config.FIELD=VALUE` overrides any leaf.
@@ -126,15 +139,16 @@ class Experiment:
       batch_size: rows per update, over all devices and microbatches.
       num_microbatches: pieces a batch is cut into to save memory; the result is that of one batch.
       seed: seeds initialisation and dropout (the data has its own seed).
-      init_from: workdir of another run whose parameters to start from; weights only.
+      init_from: workdir of another run, or Hugging Face checkpoint folder, whose parameters to start from; weights
+        only.
       evaluation: held-out evaluation inside the loop.
       checkpoint: when to save and what to keep.
       logging: what to write down.
       compilation_cache: directory of jax's persistent compilation cache; none turns it off.
     """
 
-    model: Decoder
-    objective: Causal = Causal()
+    model: Decoder | Encoder | EncoderDecoder | Electra
+    objective: AnyObjective = Causal()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
@@ -157,14 +171,103 @@ class Experiment:
         found += self.optimizer.problems(self.num_steps)
         if self.num_microbatches > 0 and self.batch_size % self.num_microbatches:
             found.append(f"num_microbatches {self.num_microbatches} does not divide batch_size {self.batch_size}")
-        if self.model.max_length is not None and self.data.sequence_length > self.model.max_length:
-            found.append(
-                f"data.sequence_length {self.data.sequence_length} is longer than "
-                f"model.max_length {self.model.max_length}"
-            )
+        found += self.clashes()
         if self.init_from is not None and not os.path.isdir(self.init_from):
             found.append(f"init_from: no directory {self.init_from}")
         return [line if line.startswith("config") else f"config.{line}" for line in found]
+
+    def clashes(self) -> list[str]:
+        """Returns one sentence for each pair of settings, of the model, the objective or the data, that do not fit.
+
+        Asks what examples hold (`lm.document.Traits`) and what the model reads, never which of them it is.
+        """
+        found = self._layout_clashes() + self._length_clashes() + self._order_clashes() + self._field_clashes()
+        if self.data.tokenizer.known is not None:
+            size, specials = self.data.tokenizer.known
+            found += self.objective.problems(specials, self.data.lengths)
+            if size > self.model.vocab_size:
+                found.append(too_few_ids(self.model.vocab_size, size))
+        return list(dict.fromkeys(found))
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        """How sentences call the objective and the model."""
+        return f"objective {type(self.objective).__name__}", f"model {type(self.model).__name__}"
+
+    def _layout_clashes(self) -> list[str]:
+        objective, model = self._names
+        layouts, found = self.objective.traits.layouts, []
+        if self.model.layout not in layouts and layouts:
+            able = " or ".join(sorted(MODELS[layout].__name__ for layout in layouts))
+            found.append(f"{objective} makes examples that {model} cannot read: use --config.model={able}")
+        two_stacks = self.model.layout == "encoder_decoder"
+        if two_stacks and self.data.encoder_length is None:
+            found.append(f"{model} reads encoder rows, and data.encoder_length is none: set it to their length")
+        if not two_stacks and self.data.encoder_length is not None:
+            found.append(
+                f"{model} has no second stack to read rows of data.encoder_length {self.data.encoder_length}: "
+                "set it to none, or use --config.model=EncoderDecoder"
+            )
+        return found
+
+    def _length_clashes(self) -> list[str]:
+        longest = self.model.max_length
+        lengths = {"sequence_length": self.data.sequence_length, "encoder_length": self.data.encoder_length}
+        return [
+            f"data.{name} {length} is longer than model.max_length {longest}: make one fit the other"
+            for name, length in lengths.items()
+            if length is not None and length > longest
+        ]
+
+    def _order_clashes(self) -> list[str]:
+        """What cannot work where positions see ahead."""
+        objective, model = self._names
+        if self.model.layout == "decoder" and not self.objective.traits.bidirectional:
+            return []
+        ahead = f"{objective} lets positions see ahead" if self.model.layout == "decoder" else f"{model} sees both ways"
+        found = []
+        if self.model.attention.kernel.causal_only:
+            kernel = type(self.model.attention.kernel).__name__
+            found.append(f"{ahead}, which model.attention.kernel {kernel} cannot: use the kernel Plain")
+        if not self.model.tells_order:
+            found.append(
+                f"{ahead}, and model.positions {type(self.model.positions).__name__} tells no order but by a causal "
+                "mask: use another scheme, such as Rotary"
+            )
+        return found
+
+    def _field_clashes(self) -> list[str]:
+        """What examples hold and the model does not read, or the other way round."""
+        (objective, model), traits, found = self._names, self.objective.traits, []
+        if traits.num_labels > self.model.num_classes:
+            found.append(
+                f"{objective} labels examples with {traits.num_labels} classes, model.num_classes is "
+                f"{self.model.num_classes}: set it to {traits.num_labels}"
+            )
+        if self.model.num_classes and not traits.num_labels:
+            found.append(f"{objective} sets no label, and nothing would train model.num_classes: set it to 0")
+        if "token_types" in traits.fields and self.model.num_token_types < 2:
+            found.append(
+                f"{objective} marks the two texts of a pair, model.num_token_types is {self.model.num_token_types}: "
+                "set it to 2"
+            )
+        if "block_positions" in traits.fields and self.model.num_block_positions < self.data.sequence_length:
+            found.append(
+                f"{objective} counts positions in blanks up to data.sequence_length {self.data.sequence_length}, "
+                f"model.num_block_positions is {self.model.num_block_positions}: set it to that length"
+            )
+        if self.model.num_block_positions and "block_positions" not in traits.fields:
+            found.append(f"{objective} has no blanks for model.num_block_positions to count in: set it to 0")
+        if traits.needs_generator and not self.model.judges_replacements:
+            found.append(f"{objective} needs a generator, {model} has none: use --config.model=Electra")
+        if self.model.judges_replacements and not traits.originals:
+            found.append(
+                f"{model} judges every position, and {objective} tells the original tokens at some only: use "
+                "--config.objective=ReplacedTokenDetection"
+            )
+        if self.model.judges_replacements and traits.num_labels:
+            found.append(f"{objective} labels examples, and {model} has no pooled head: use --config.model=Encoder")
+        return found
 
     def validate(self) -> None:
         """Checks the whole config.

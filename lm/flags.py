@@ -25,7 +25,7 @@ def run(main: Callable[[list[str]], int | None], schema: Callable[[], type] | No
       main: receives the positional arguments.
       schema: returns the dataclass that `--config` must give; None for a program without a config.
     """
-    if schema is not None:
+    if schema is not None and "config" not in flags.FLAGS:
         flags.DEFINE_string("config", None, "Config FILE.py, FILE.py:variant or saved config.json.")
 
     def guarded(argv: list[str]) -> None:
@@ -34,7 +34,7 @@ def run(main: Callable[[list[str]], int | None], schema: Callable[[], type] | No
 
     # Libraries log every file they touch at INFO; a program says what matters itself.
     logging.set_verbosity(logging.WARNING)
-    app.run(guarded, flags_parser=lambda argv: _parse(list(argv), schema))
+    app.run(guarded, flags_parser=lambda argv: _parse(list(argv), main.__module__, schema))
 
 
 @contextlib.contextmanager
@@ -46,7 +46,7 @@ def _exit_status_2() -> Iterator[None]:
         sys.exit(2)
 
 
-def _parse(argv: list[str], schema: Callable[[], type] | None) -> list[str]:
+def _parse(argv: list[str], module: str, schema: Callable[[], type] | None) -> list[str]:
     """Splits off `--config.a.b=value`, gives the rest to absl; prints help or the error and exits."""
     rest = argv[:1]
     _OVERRIDES.clear()
@@ -66,7 +66,7 @@ def _parse(argv: list[str], schema: Callable[[], type] | None) -> list[str]:
         if waiting is not None:
             raise ConfigError(f"--config.{waiting} needs a value: --config.{waiting}=VALUE")
         if any(a in ("--help", "-help", "-h", "--helpfull", "--helpshort") for a in rest):
-            print(_help(rest, schema))
+            print(_help(rest, module, schema))
             sys.exit(0)
         try:
             return flags.FLAGS(rest)
@@ -74,9 +74,9 @@ def _parse(argv: list[str], schema: Callable[[], type] | None) -> list[str]:
             raise UserError(f"{error} (see --help)") from error
 
 
-def _help(argv: Sequence[str], schema: Callable[[], type] | None) -> str:
+def _help(argv: Sequence[str], module: str, schema: Callable[[], type] | None) -> str:
     """The program's docstring, its own flags, and every field of the given (or default) config."""
-    main_module = sys.modules["__main__"]
+    main_module = sys.modules[module]
     lines = [(main_module.__doc__ or "").strip(), "", "Flags:"]
     modules = (main_module, sys.modules[__name__])
     own = [flag for module in modules for flag in flags.FLAGS.get_flags_for_module(module)]

@@ -1,7 +1,8 @@
-"""One process, eight virtual CPU devices, a persistent compilation cache, strict jax settings."""
+"""One process, eight virtual CPU devices, a persistent compilation cache, strict jax settings; shared fixtures."""
 
 import os
 import pathlib
+import pydoc_data.topics
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Cheap code generation: tests check values and programs, never speed.
@@ -10,6 +11,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
 
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 
@@ -18,3 +20,23 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for number, text in enumerate(list(pydoc_data.topics.topics.values())[:30]):
+        (folder / f"{number:03}.txt").write_text(text[:500], encoding="utf-8")
+    return f"{folder}/*.txt"
+
+
+@pytest.fixture(scope="session")
+def trained(corpus, tmp_path_factory):
+    """The folder of a run of six steps."""
+    from lm.evaluation.heldout import make_evaluate
+    from lm.training.loop import train
+    from tests.training.experiments import tiny
+
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    assert train(tiny(corpus), str(workdir), make_evaluate)
+    return workdir

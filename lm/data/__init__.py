@@ -12,12 +12,12 @@ config               `DataConfig`
 """
 
 from lm.data.config import DataConfig
-from lm.data.documents import fingerprint, training_text
+from lm.data.documents import fingerprint, load_tokenizer
 from lm.data.formats import DataError
 from lm.data.hugging_face import HuggingFace
 from lm.data.pipeline import Batches, merge_states, train_batches, validation_batches
 from lm.data.sources import Files, StandardLibrary, Tokenized
-from lm.data.tokenizers import Bytes, Saved, SentencePiece, Tokenizer, load_tokenizer
+from lm.data.tokenizers import Bytes, Saved, SentencePiece, Tokenizer
 
 __all__ = [
     "Batches",
@@ -35,6 +35,5 @@ __all__ = [
     "load_tokenizer",
     "merge_states",
     "train_batches",
-    "training_text",
     "validation_batches",
 ]

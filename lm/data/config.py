@@ -36,14 +36,14 @@ class DataConfig:
       num_epochs: training ends after so many passes; None never ends.
       prefetch: batches made ahead of time.
       num_workers: processes that make them; 0 is a thread of the program's own process.
-      cache_megabytes: tokens kept in memory, so that later epochs do not tokenise again.
+      cache_megabytes: text and tokens kept in memory, so that later epochs neither read nor tokenise again.
     """
 
     source: str = ""
     text_field: str = "text"
     errors: Errors = "strict"
     sources: tuple[Source, ...] = (StandardLibrary(),)
-    tokenizer: TokenizerChoice = dataclasses.field(default_factory=Bytes)
+    tokenizer: TokenizerChoice = Bytes()
     sequence_length: int = 1024
     encoder_length: int | None = None
     seed: int = 0
@@ -75,8 +75,8 @@ class DataConfig:
             for name, bound in least.items()
             if (value := getattr(self, name)) is not None and value < bound
         ]
-        if not 0 <= self.validation_fraction < 1:
-            problems.append(f"data.validation_fraction is {self.validation_fraction}, it must be in [0, 1)")
+        if not 0 <= self.validation_fraction <= 1:
+            problems.append(f"data.validation_fraction is {self.validation_fraction}, it must be from 0 to 1")
         if self.num_workers and not self.prefetch:
             problems.append("data.num_workers needs data.prefetch of 1 or more: workers make batches ahead of time")
         if not self.chosen_sources:

@@ -6,19 +6,25 @@ row. Law: document `i` is the same whether it was cached or not.
 
 import hashlib
 import json
+import os
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 
 from lm.batch import Document
-from lm.data.config import DataConfig
+from lm.data import tokenizers
+from lm.data.config import DataConfig, TokenizerChoice
 from lm.data.formats import DataError
 from lm.data.sources import Corpus, split
 from lm.document import Vocabulary
 
+# What Python spends on a document besides its tokens and characters.
+_OVERHEAD_BYTES = 400
+
 
 class Cache:
-    """Keeps arrays until a budget is spent, and no more after that.
+    """Keeps documents until a budget is spent, and no more after that.
 
     Whoever passes over a corpus in cycles gains from keeping the first ones and nothing from keeping the
     latest: those are used again when they have long been dropped.
@@ -26,17 +32,18 @@ class Cache:
 
     def __init__(self, num_bytes: int) -> None:
         self._left = num_bytes
-        self._kept: dict[tuple[int, int], np.ndarray] = {}
+        self._kept: dict[tuple[int, int], Document] = {}
 
-    def get(self, key: tuple[int, int]) -> np.ndarray | None:
+    def get(self, key: tuple[int, int]) -> Document | None:
         """Returns what was kept under the key, or None."""
         return self._kept.get(key)
 
-    def keep(self, key: tuple[int, int], array: np.ndarray) -> None:
-        """Keeps an array if there is room."""
-        if array.nbytes <= self._left:
-            self._left -= array.nbytes
-            self._kept[key] = array
+    def keep(self, key: tuple[int, int], document: Document) -> None:
+        """Keeps a document if there is room."""
+        size = document.tokens.nbytes + len(document.text or "") + _OVERHEAD_BYTES
+        if size <= self._left:
+            self._left -= size
+            self._kept[key] = document
 
 
 class Documents:
@@ -59,18 +66,19 @@ class Documents:
 
     def __getitem__(self, index: int) -> Document:
         place = int(self._indices[index])
-        document_id, text = self._corpus.document_id(place), self._corpus.text(place)
-        tokens = self._corpus.tokens(place) if text is None else self._tokenize(place, text)
-        assert tokens is not None, "a corpus has text or tokens"
-        return Document(f"{self._number}/{document_id}" if self._number else document_id, text, tokens)
+        document = self._cache.get((self._number, place))
+        if document is None:
+            document = self._read(place)
+            self._cache.keep((self._number, place), document)
+        return document
 
-    def _tokenize(self, place: int, text: str) -> np.ndarray:
-        tokens = self._cache.get((self._number, place))
-        if tokens is None:
-            tokens = self._vocabulary.encode(text)
-            tokens.setflags(write=False)
-            self._cache.keep((self._number, place), tokens)
-        return tokens
+    def _read(self, place: int) -> Document:
+        document_id, text = self._corpus.document_id(place), self._corpus.text(place)
+        tokens = self._corpus.tokens(place) if text is None else self._vocabulary.encode(text)
+        assert tokens is not None, "a corpus has text or tokens"
+        # An objective that wrote into them would change the next epoch.
+        tokens.setflags(write=False)
+        return Document(f"{self._number}/{document_id}" if self._number else document_id, text, tokens)
 
     def sample(self, rng: np.random.Generator) -> Document:
         """Draws a document."""
@@ -95,7 +103,7 @@ def open_documents(config: DataConfig, vocabulary: Vocabulary, fingerprint: str,
       DataError: a source cannot be read, was tokenised by another tokenizer, or has nothing on this side.
     """
     cache = Cache(config.cache_megabytes << 20)
-    found = []
+    found, sizes = [], 0
     for number, (source, corpus) in enumerate(zip(config.chosen_sources, open_corpora(config), strict=True)):
         made_by = corpus.tokenizer_fingerprint()
         if made_by not in (None, fingerprint):
@@ -104,7 +112,7 @@ def open_documents(config: DataConfig, vocabulary: Vocabulary, fingerprint: str,
                 "data.tokenizer to the Saved one in its folder tokenizer, or prepare it again"
             )
         training, held_out = split(corpus.keys(), config.validation_fraction)
-        indices = held_out if validation else training
+        indices, sizes = held_out if validation else training, sizes + len(corpus)
         if not len(indices) and not validation:
             raise DataError(
                 f"{source} has no training document: {len(corpus)} document(s), {len(held_out)} of them held out; "
@@ -113,18 +121,20 @@ def open_documents(config: DataConfig, vocabulary: Vocabulary, fingerprint: str,
         found.append(Documents(corpus, number, indices, vocabulary, cache))
     if validation and not any(len(documents) for documents in found):
         raise DataError(
-            f"there is no validation document: data.validation_fraction is {config.validation_fraction}; add text, "
-            "or set it higher"
+            f"there is no validation document: data.validation_fraction is {config.validation_fraction}, and there "
+            f"are {sizes} document(s); add text, or set it higher"
         )
     return found
 
 
 class _TrainingText:
+    """The training documents of all sources, in the order of their keys: random, and the same in every run."""
+
     def __init__(self, config: DataConfig) -> None:
         self._config = config
 
     def sample(self, num_bytes: int) -> Iterator[str]:
-        """Yields training documents of all sources in the order of their keys, until `num_bytes` are reached."""
+        """Yields documents until they have `num_bytes` bytes."""
         corpora = open_corpora(self._config)
         sides = [split(corpus.keys(), self._config.validation_fraction)[0] for corpus in corpora]
         keys = np.concatenate([corpus.keys()[side] for corpus, side in zip(corpora, sides, strict=True)])
@@ -139,9 +149,25 @@ class _TrainingText:
                 return
 
 
-def training_text(config: DataConfig) -> _TrainingText:
-    """Returns the text that a tokenizer may see: training documents only, read when it is asked for."""
-    return _TrainingText(config)
+def load_tokenizer(
+    choice: TokenizerChoice, config: DataConfig | None, directory: str | os.PathLike[str]
+) -> tokenizers.Tokenizer:
+    """Returns the tokenizer stored in `directory`; where there is none, builds it and stores it there.
+
+    Args:
+      choice: `DataConfig.tokenizer`.
+      config: whose training documents a tokenizer is trained on; None only loads.
+      directory: the run's own folder for its tokenizer. Several processes may call this at once on one
+        file system: training is deterministic and files appear whole.
+
+    Raises:
+      DataError: it is not there and `config` is None, or it cannot be trained, read or written.
+    """
+    if config is None or pathlib.Path(directory, tokenizers.DESCRIPTION).is_file():
+        return tokenizers.load(directory)
+    tokenizer = choice.build(_TrainingText(config))
+    tokenizer.save(directory)
+    return tokenizer
 
 
 def fingerprint(config: DataConfig) -> str:

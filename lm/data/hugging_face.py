@@ -120,7 +120,8 @@ class HuggingFaceTokenizer:
         self._table = own.PieceTable(pieces, special)
         self.specials = _find_specials(ids)
         self.size = len(self._table)
-        self.token_bytes, self.starts_word = self._table.token_bytes, self._starts_word(ids, description)
+        self.token_bytes = self._table.token_bytes
+        self.starts_word = self._starts_word(ids, description)
         self.pieces = self._table.pieces
         self.fingerprint = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
@@ -158,7 +159,7 @@ class HuggingFace:
       path: the tokenizer.json, or a folder that holds one.
     """
 
-    path: str
+    path: str = ""
 
     @property
     def _file(self) -> pathlib.Path:
@@ -168,6 +169,11 @@ class HuggingFace:
     def problems(self) -> list[str]:
         """Returns one sentence for each reason why this cannot work."""
         return [] if self._file.is_file() else [f"data.tokenizer.path: {self._file} does not exist"]
+
+    @property
+    def known(self) -> tuple[int, SpecialTokens] | None:
+        """Nothing before the file is read."""
+        return None
 
     def build(self, text: own.TrainingText) -> HuggingFaceTokenizer:
         """Returns the tokenizer; the text is not looked at.

@@ -97,18 +97,19 @@ class WindowRows:
         self._plan, self._documents, self._offset = plan, documents, offset
         self._checked = False
 
-    def __call__(self, window: int) -> Iterator[Row]:
-        """Yields the rows of a window."""
+    def __call__(self, window: int, cursor: list[int]) -> Iterator[Row]:
+        """Yields the rows of a window; keeps the number of documents read so far as `cursor[2]`."""
         pack = packing.first_fit if self._plan.config.packing else packing.one_a_row
-        rows = pack(self._examples(window), self._plan.config.lengths)
+        rows = pack(self._examples(window, cursor), self._plan.config.lengths)
         if not self.windows.shuffle:
             return rows
         key = np.random.SeedSequence([*self.windows.seed, window, _ROW_ORDER])
         return packing.shuffle(rows, self._plan.config.shuffle_rows, np.random.Generator(np.random.Philox(key)))
 
-    def _examples(self, window: int) -> Iterator[tuple[str, Example]]:
+    def _examples(self, window: int, cursor: list[int]) -> Iterator[tuple[str, Example]]:
         epoch, places = self.windows.places(window)
-        for place in places:
+        for number, place in enumerate(places, start=1):
+            cursor[2] = number
             document = self._documents[self.windows.document(epoch, place)]
             for example in self._plan.objective.examples(document, self._context(epoch, place)):
                 yield document.id, example
@@ -125,7 +126,9 @@ class WindowRows:
 
     def check_not_barren(self) -> None:
         """Raises `DataError` if no document of a whole epoch gives an example."""
-        if not self._checked and not any(True for window in range(self.windows.per_epoch) for _ in self(window)):
+        if not self._checked and not any(
+            True for window in range(self.windows.per_epoch) for _ in self(window, [0] * 3)
+        ):
             raise DataError(
                 f"no training example results from {len(self._documents)} document(s): they are empty, or too short "
                 "or too long for the objective"
@@ -145,8 +148,8 @@ class Lane:
 
     def __init__(self, sources: Sequence[WindowRows], first: int, stride: int, num_windows: int | None) -> None:
         self._sources, self._first, self._stride, self._num_windows = sources, first, stride, num_windows
-        # For each source: how many of the lane's windows are done, and rows given of the one that is open.
-        self.cursors = [[0, 0] for _ in sources]
+        # For each source: how many of the lane's windows are done; rows given and documents read of the open one.
+        self.cursors = [[0, 0, 0] for _ in sources]
         self._open: list[Iterator[Row] | None] = [None for _ in sources]
 
     def set_cursors(self, cursors: list[list[int]]) -> None:
@@ -160,7 +163,9 @@ class Lane:
 
     def epochs(self, source: int) -> float:
         """Returns how often the lane's part of the source was passed."""
-        return self.window(source) / self._sources[source].windows.per_epoch
+        windows, (done, _, read) = self._sources[source].windows, self.cursors[source]
+        _, places = windows.places(self.window(source))
+        return (done + read / len(places)) * self._stride / windows.per_epoch
 
     def next_row(self, source: int) -> Row | None:
         """Returns the next row of a source, None at the end; raises `DataError` if there never is one."""
@@ -168,7 +173,7 @@ class Lane:
         while self._num_windows is None or self.window(source) < self._num_windows:
             rows = self._open[source]
             if rows is None:
-                rows = itertools.islice(self._sources[source](self.window(source)), cursor[1], None)
+                rows = itertools.islice(self._sources[source](self.window(source), cursor), cursor[1], None)
                 self._open[source] = rows
             row = next(rows, None)
             if row is not None:
@@ -177,7 +182,7 @@ class Lane:
             without = 0 if cursor[1] else without + 1
             if without > self._sources[source].windows.per_epoch:
                 self._sources[source].check_not_barren()
-            cursor[:] = [cursor[0] + 1, 0]
+            cursor[:] = [cursor[0] + 1, 0, 0]
             self._open[source] = None
         return None
 

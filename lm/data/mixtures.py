@@ -7,6 +7,7 @@ of rows (and so of positions), of the whole run, of every stretch of it and of e
 
 import bisect
 import dataclasses
+import functools
 import itertools
 
 # 2**64 divided by the golden ratio, made odd: the multiples of it modulo 2**64 spread more evenly over every
@@ -26,12 +27,13 @@ class Interleave:
 
     weights: tuple[float, ...]
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def _ends(self) -> list[int]:
         total = sum(self.weights)
         ends = [int(end / total * _MODULUS) for end in itertools.accumulate(self.weights)]
         # The last end is exact whatever the rounding: every point belongs to a source.
-        object.__setattr__(self, "_ends", [*ends[:-1], _MODULUS])
+        return [*ends[:-1], _MODULUS]
 
     def source(self, row: int) -> int:
         """Returns the source of row `row` (batch number times batch size, plus the row in the batch)."""
-        return bisect.bisect_right(self._ends, (row * _GOLDEN) % _MODULUS)  # pyright: ignore set in __post_init__
+        return bisect.bisect_right(self._ends, (row * _GOLDEN) % _MODULUS)

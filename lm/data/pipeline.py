@@ -7,6 +7,7 @@ batches made ahead; a state is that of the batches returned, never of those made
 
 import hashlib
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -61,6 +62,8 @@ class Batches(Iterator[Batch]):
         self._state = self._reader.get_state()
         self._epochs = self._reader.epochs()
         self._iterators: list[Iterator[Item]] = []
+        # Threads and processes end with this object, and before the interpreter does.
+        self._finalizer = weakref.finalize(self, _close_all, self._iterators)
         self._ids: list[str] = []
         self._batch: Batch | None = None
         self._totals = {"tokens": 0, "positions": 0, "examples": 0, "seconds": 0.0}
@@ -71,21 +74,27 @@ class Batches(Iterator[Batch]):
 
         workers = 0 if self._plan.validation else self._plan.config.num_workers
         if not workers:
-            self._iterators = [prefetching.in_thread(self._plan, self._reader)]
+            self._iterators.append(prefetching.in_thread(self._plan, self._reader))
             return
         num_blocks = min(workers, self._stop - self._first) if isinstance(self._reader, Lanes) else 1
         bounds = np.linspace(self._first, self._stop, num_blocks + 1).astype(int).tolist()
-        self._iterators = [
-            prefetching.in_process(self._plan, bounds[number], bounds[number + 1], self._state)
-            for number in range(num_blocks)
-        ]
+        for number in range(num_blocks):
+            iterator = prefetching.in_process(self._plan, bounds[number], bounds[number + 1], self._state)
+            self._iterators.append(iterator)
 
     def __next__(self) -> Batch:
         if self._closed:
             raise ValueError("these batches were closed")
         if not self._iterators:
             self._start()
-        items = [next(iterator) for iterator in self._iterators]
+        try:
+            items = [next(iterator) for iterator in self._iterators]
+        except StopIteration:
+            raise
+        except BaseException:
+            # Going on after an error would pass over the rest of a window without a word.
+            self.close()
+            raise
         self._state = items[0]["state"] if len(items) == 1 else _join([item["state"] for item in items])
         self._ids = [name for item in items for name in item["ids"]]
         self._epochs = np.mean([item["epochs"] for item in items], axis=0).tolist()
@@ -108,7 +117,7 @@ class Batches(Iterator[Batch]):
         Raises:
           ValueError: the state is of other settings or other data, or lacks rows of this process.
         """
-        self._stop_iterators()
+        _close_all(self._iterators)
         self._reader.set_state(state)
         self._state, self._epochs = self._reader.get_state(), self._reader.epochs()
 
@@ -141,15 +150,15 @@ class Batches(Iterator[Batch]):
             "tokens_per_second": totals["tokens"] * blocks / totals["seconds"] if totals["seconds"] else 0.0,
         }
 
-    def _stop_iterators(self) -> None:
-        for iterator in self._iterators:
-            iterator.close()  # pyright: ignore[reportAttributeAccessIssue] Grain's iterators have it
-        self._iterators = []
-
     def close(self) -> None:
         """Ends threads and worker processes."""
-        self._stop_iterators()
+        _close_all(self._iterators)
         self._closed = True
+
+
+def _close_all(iterators: list[Iterator[Item]]) -> None:
+    while iterators:
+        iterators.pop().close()  # pyright: ignore[reportAttributeAccessIssue] Grain's iterators have it
 
 
 def _join(states: list[State]) -> State:

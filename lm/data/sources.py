@@ -6,9 +6,11 @@ Law: a document's id and its side of the split depend on its file's name and its
 never on how the corpus is read.
 """
 
+import bisect
 import dataclasses
 import glob
 import hashlib
+import itertools
 import os
 import pathlib
 import sys
@@ -25,7 +27,9 @@ from lm.data.formats import DataError, Errors
 # Of a file longer than this, evenly spaced blocks are hashed for the fingerprint instead of all of it.
 _WHOLE_HASH_BYTES = 1 << 26
 _BLOCK_BYTES = 1 << 20
-_TEST_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_PASSED_OVER = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+# These describe the machine on which Python was built.
+_OF_THE_MACHINE = ("config-", "_sysconfigdata")
 
 
 class Corpus(Protocol):
@@ -73,12 +77,16 @@ def hash_keys(name: str, numbers: np.ndarray) -> np.ndarray:
 def split(keys: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns i64[N], i64[M]: the training and the validation documents of a corpus, in corpus order.
 
-    A document is held out if its key is in the lowest `validation_fraction` of all possible keys; the one
-    with the lowest key always is, where there is another one to train on.
+    A document is held out if its key is in the lowest `validation_fraction` of all possible keys. So that
+    a small corpus has both sides, the one with the lowest key always is, and the one with the highest never;
+    a single document is trained on. With 0.0 none is held out, with 1.0 all are.
     """
-    held_out = keys < np.uint64(min(int(validation_fraction * 2.0**64), 2**64 - 1))
-    if validation_fraction > 0 and len(keys) > 1:
+    held_out = keys.astype(np.float64) < validation_fraction * 2.0**64
+    if 0 < validation_fraction < 1 and len(keys):
         held_out[np.argmin(keys)] = True
+        held_out[np.argmax(keys)] = False
+    elif validation_fraction == 1:
+        held_out[:] = True
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
@@ -87,14 +95,14 @@ class TextCorpus:
 
     def __init__(self, names: Sequence[str], texts: Sequence[formats.Texts], paths: Sequence[str]) -> None:
         self._names, self._texts, self._paths = names, texts, paths
-        self._ends = np.cumsum([len(one) for one in texts], dtype=np.int64)
+        self._ends = list(itertools.accumulate(len(one) for one in texts))
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def _locate(self, index: int) -> tuple[int, int]:
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, int(index - (self._ends[file - 1] if file else 0))
+        file = bisect.bisect_right(self._ends, index)
+        return file, index - (self._ends[file - 1] if file else 0)
 
     def document_id(self, index: int) -> str:
         """Returns `name#number` of a document."""
@@ -197,8 +205,9 @@ class StandardLibrary:
         topics_file = self._root / "pydoc_data" / "topics.py"
         modules = []
         for folder, folders, files in os.walk(self._root):
-            folders[:] = sorted(set(folders) - _TEST_FOLDERS)
-            modules += [pathlib.Path(folder, name) for name in sorted(files) if name.endswith(".py")]
+            folders[:] = sorted(name for name in set(folders) - _PASSED_OVER if not name.startswith(_OF_THE_MACHINE))
+            names = sorted(name for name in files if name.endswith(".py") and not name.startswith(_OF_THE_MACHINE))
+            modules += [pathlib.Path(folder, name) for name in names]
         modules = [path for path in modules if path != topics_file and path.stat().st_size]
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         names = [f"python{version}/{path.relative_to(self._root).as_posix()}" for path in modules]
@@ -222,7 +231,7 @@ class Files:
       weight: share of the rows that this source gives, relative to the other sources.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = ()
     text_field: str = "text"
     errors: Errors = "strict"
     weight: float = 1.0
@@ -276,7 +285,7 @@ class Tokenized:
       weight: share of the rows that this source gives, relative to the other sources.
     """
 
-    directory: str
+    directory: str = ""
     weight: float = 1.0
 
     def problems(self) -> list[str]:

@@ -5,8 +5,10 @@ the one that made the ids. Law: what is read is what was written, document by do
 and keys (and so the same split) as the text had; a folder is whole or does not exist.
 """
 
+import bisect
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -118,7 +120,7 @@ class TokenizedCorpus:
             self._shards = [self._open_shard(number) for number in range(len(self._index["shards"]))]
         except (OSError, json.JSONDecodeError, KeyError, EOFError) as error:
             raise DataError(f"{directory} is not whole: {error}; prepare it again") from None
-        self._ends = np.cumsum([shard["documents"] for shard in self._index["shards"]], dtype=np.int64)
+        self._ends = list(itertools.accumulate(shard["documents"] for shard in self._index["shards"]))
 
     def _open_shard(self, number: int) -> dict[str, np.ndarray]:
         names = ("tokens", "offsets", "ids", "id_offsets", "keys")
@@ -129,11 +131,11 @@ class TokenizedCorpus:
             raise DataError(f"{self._directory}, shard {number}, is damaged: {error}; prepare it again") from None
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def _slice(self, index: int, values: str, offsets: str) -> np.ndarray:
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        number = index - (int(self._ends[shard - 1]) if shard else 0)
+        shard = bisect.bisect_right(self._ends, index)
+        number = index - (self._ends[shard - 1] if shard else 0)
         arrays = self._shards[shard]
         return arrays[values][arrays[offsets][number] : arrays[offsets][number + 1]]
 

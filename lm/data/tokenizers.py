@@ -212,6 +212,11 @@ class Bytes:
         """Returns one sentence for each reason why this cannot work."""
         return _sentinel_problems(self.num_sentinels)
 
+    @property
+    def known(self) -> tuple[int, SpecialTokens] | None:
+        """The number of ids and the special ones, where they are known before anything is read; else None."""
+        return len(special_names(self.num_sentinels)) + 256, special_tokens(self.num_sentinels)
+
     def build(self, text: TrainingText) -> ByteTokenizer:
         """Returns the tokenizer; the text is not looked at."""
         del text
@@ -254,6 +259,11 @@ class SentencePiece:
         if self.training_megabytes < 1:
             problems.append(f"data.tokenizer.training_megabytes is {self.training_megabytes}, it must be 1 or more")
         return problems
+
+    @property
+    def known(self) -> tuple[int, SpecialTokens] | None:
+        """The number of ids and the special ones, where they are known before anything is read; else None."""
+        return self.vocab_size, special_tokens(self.num_sentinels)
 
     def build(self, text: TrainingText) -> SentencePieceTokenizer:
         """Trains a tokenizer.
@@ -321,13 +331,18 @@ class Saved:
       directory: the folder that holds its vocabulary.json.
     """
 
-    directory: str
+    directory: str = ""
 
     def problems(self) -> list[str]:
         """Returns one sentence for each reason why this cannot work."""
         if not pathlib.Path(self.directory, DESCRIPTION).is_file():
             return [f"data.tokenizer.directory: {self.directory} has no {DESCRIPTION}: lm.prepare writes such a folder"]
         return []
+
+    @property
+    def known(self) -> tuple[int, SpecialTokens] | None:
+        """Nothing before the file is read."""
+        return None
 
     def build(self, text: TrainingText) -> Tokenizer:
         """Returns the stored tokenizer; the text is not looked at."""
@@ -350,27 +365,3 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
         return readers[found["kind"]](found)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{folder} holds no whole tokenizer: {error}") from None
-
-
-class Choice(Protocol):
-    """What every tokenizer setting can do."""
-
-    def build(self, text: TrainingText) -> Tokenizer:
-        """Returns the tokenizer, trained on `text` if it must be."""
-        ...
-
-
-def load_tokenizer(choice: Choice, text: TrainingText, directory: str | os.PathLike[str]) -> Tokenizer:
-    """Returns the tokenizer stored in `directory`; where there is none, builds it and stores it there.
-
-    Args:
-      choice: the setting, `DataConfig.tokenizer`.
-      text: what to train on, `training_text(config)`.
-      directory: the run's own folder for its tokenizer. Several processes may call this at once on one
-        file system: training is deterministic and files appear whole.
-    """
-    if pathlib.Path(directory, DESCRIPTION).is_file():
-        return load(directory)
-    tokenizer = choice.build(text)
-    tokenizer.save(directory)
-    return tokenizer

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.data import DataConfig, validation_batches
-from lm.training.assembly import Assembly
+from lm.data import Batches, DataConfig, validation_batches
+from lm.training.assembly import Assembly, row_shards
 from lm.training.loop import Evaluate
 from lm.training.state import Tree
 from lm.training.step import make_evaluation_step
@@ -61,27 +61,26 @@ class HeldOut:
 
 
 def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size: int | None = None) -> Evaluate:
-    """Returns a function (params, whole split?) -> figures; see `HeldOut.figures`.
+    """Returns a function (params, whole split?) -> figures; see `HeldOut.figures`. Without a split there are none.
 
     Args:
       assembly: the parts of the run.
       data: another corpus to score; None is the run's own held-out split.
-      batch_size: rows per batch; None is what the config says.
+      batch_size: rows per batch, rounded up to fill the devices; None is what the config says.
     """
     config = assembly.experiment
     rows = batch_size or config.evaluation.batch_size or config.batch_size
+    shards = row_shards(assembly.mesh)
+    rows = -(-rows // shards) * shards
+    if data is None and not config.data.validation_fraction:
+        return lambda params, whole: {}
+    # Opened once before training, so that what is wrong with the split is said at the start.
+    _open(assembly, data, rows).close()
     step = jax.jit(make_evaluation_step(config.loss, assembly.model, assembly.tokenizer.token_bytes))
 
     def evaluate(params: Tree, whole: bool) -> dict[str, float]:
         total = HeldOut(np.zeros(assembly.tokenizer.size, np.int64))
-        batches: Any = validation_batches(
-            data or config.data,
-            config.objective,
-            assembly.tokenizer,
-            rows,
-            jax.process_index(),
-            jax.process_count(),
-        )
+        batches = _open(assembly, data, rows)
         try:
             limit = None if whole else config.evaluation.num_batches
             with assembly.placed():
@@ -93,6 +92,12 @@ def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size
         return total.figures()
 
     return evaluate
+
+
+def _open(assembly: Assembly, data: DataConfig | None, rows: int) -> Batches:
+    config = assembly.experiment
+    place = (jax.process_index(), jax.process_count())
+    return validation_batches(data or config.data, config.objective, assembly.tokenizer, rows, *place)
 
 
 def _add(total: HeldOut, result: Any) -> None:

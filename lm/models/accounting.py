@@ -1,7 +1,7 @@
-"""What a model costs: parameters and floating point operations, from its description alone.
+"""What a model costs: parameters, floating point operations and cache, from its description alone.
 
-Allocates nothing. Law: the counts follow from the parameter tree and the settings, so that a new layer
-is counted without being listed here.
+Allocates nothing. One counter for encoders, decoders and pairs, dense or mixtures. Law: the counts
+follow from the parameter tree and the settings, so that a new layer is counted without being listed here.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,14 @@ def num_parameters(parameters: Any) -> int:
     return sum(parameter.size for _, parameter in leaves(parameters))
 
 
+def num_active_parameters(parameters: Any) -> int:
+    """Counts the elements that one token meets: all of them but for experts that it does not select.
+
+    Tables count whole, as in the published figures of Mixtral, Qwen3 and DeepSeek.
+    """
+    return round(sum(parameter.size * parameter.active_share for _, parameter in leaves(parameters)))
+
+
 def matrix_parameters(config: "Transformer", parameters: Any, prefixes: tuple[str, ...]) -> float:
     """Counts the matrix elements that one token meets in the parts whose paths begin with one of `prefixes`.
 
@@ -34,7 +42,9 @@ def matrix_parameters(config: "Transformer", parameters: Any, prefixes: tuple[st
     total = 0.0
     for path, parameter in leaves(parameters):
         if parameter.role == "matrix" and path.startswith(prefixes):
-            uses = config.residual_layers // len(config.layers) if config.share_layers and "/stack/" in path else 1
+            in_decoder = path.startswith("decoder/")
+            depth = config.decoder_depth if in_decoder else config.encoder_depth
+            uses = depth // len(config.layers) if config.share_layers and "/stack/" in path else 1
             total += parameter.size * parameter.active_share * uses
     return total
 
@@ -58,8 +68,9 @@ def flops_per_token(config: "Transformer", parameters: Any, length: int, encoder
     """Counts the operations of one training step per token of the main tower: three times the forward pass.
 
     The forward pass is 2 operations for each matrix element a token meets (output projection included, lookups not)
-    and 4 N H for each key it sees, where a causal query sees (length + 1) / 2 keys on average. Recomputation is not
-    counted: these are the model's operations, not the hardware's (PaLM, appendix B).
+    and 4 N H for each key it sees, where a causal query sees (length + 1) / 2 keys on average. A token meets the
+    experts that it selects, each once, whatever room a capacity leaves idle or drops. Recomputation is not counted:
+    these are the model's operations, not the hardware's (PaLM, appendix B).
 
     Args:
       config: the settings.
@@ -85,3 +96,12 @@ def flops_per_token(config: "Transformer", parameters: Any, length: int, encoder
         forward += encoder * encoder_length / length - 2 * crossed
         forward += config.decoder_depth * config.attention.flops(config, encoder_length)
     return 3 * forward
+
+
+def cache_bytes_per_token(config: "Transformer") -> int:
+    """Counts the bytes that each token of a decoder adds to the cache, all layers, in the compute dtype.
+
+    As the cache is laid out here: every layer keeps every position, also one with a window. An encoder has none.
+    """
+    slot = jax.eval_shape(lambda: config.attention.init_cache(config, 1, 1))
+    return config.decoder_depth * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))

@@ -8,7 +8,7 @@ equal results in every kernel.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,35 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
+class RelativeVectors:
+    """Vectors of relative positions that are added to keys and values (Shaw et al. 2018).
+
+    Attributes:
+      keys_UH: f32[U, H].
+      values_UH: f32[U, H].
+      rows: maps i32 distances (key position minus query position) to rows of the tables.
+    """
+
+    keys_UH: jax.Array
+    values_UH: jax.Array
+    rows: Callable[[jax.Array], jax.Array]
+
+    def _rows(self, layout: "Layout") -> jax.Array:
+        return self.rows(layout.keys.positions[:, None, :] - layout.queries.positions[:, :, None])
+
+    def scores(self, q_BTKGH: jax.Array, layout: "Layout") -> jax.Array:
+        """Returns f32[B, K, G, T, S], products of queries with the vectors of their distances to the keys."""
+        products_BKGTU = contract("BTKGH,UH->BKGTU", q_BTKGH, self.keys_UH, q_BTKGH.dtype)
+        return jnp.take_along_axis(products_BKGTU, self._rows(layout)[:, None, None, :, :], axis=-1)
+
+    def read(self, weights_BKGTS: jax.Array, layout: "Layout", dtype: jnp.dtype) -> jax.Array:
+        """Returns f32[B, K, G, T, H], the weighted sum of the vectors of the distances."""
+        rows_BTSU = jax.nn.one_hot(self._rows(layout), self.values_UH.shape[0], dtype=jnp.float32)
+        by_distance_BKGTU = contract("BKGTS,BTSU->BKGTU", weights_BKGTS, rows_BTSU, jnp.dtype(jnp.float32))
+        return contract("BKGTU,UH->BKGTH", by_distance_BKGTU, self.values_UH, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Scoring:
     """How scores are made from products of queries and keys.
 
@@ -77,6 +106,7 @@ class Scoring:
       soft_cap: bound on the scaled products (Gemma 2), or None.
       bias: maps the keys' side to f32[B, N, T, S] that is added afterwards, or None.
       sinks_N: f32[N], a score that takes part in each softmax and reads nothing (gpt-oss), or None.
+      relative: vectors added to keys and values by distance, or None.
       dropout_rate: probability that a weight is dropped.
       key: PRNG key of that dropout, or None.
     """
@@ -85,12 +115,15 @@ class Scoring:
     soft_cap: float | None = None
     bias: Callable[[Side], jax.Array | None] | None = None
     sinks_N: jax.Array | None = None
+    relative: RelativeVectors | None = None
     dropout_rate: float = 0.0
     key: jax.Array | None = None
 
     def scores(self, q_BTKGH: jax.Array, k_BSKH: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
         """Returns f32[B, K, G, T, S] scores with MASKED where hidden, and bool[B, 1, 1, T, S] where allowed."""
         scores_BKGTS = contract("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, q_BTKGH.dtype)
+        if self.relative is not None:
+            scores_BKGTS = scores_BKGTS + self.relative.scores(q_BTKGH, layout)
         scores_BKGTS = soft_cap(scores_BKGTS * self.scale, self.soft_cap)
         bias_BNTS = self.bias(layout.keys) if self.bias is not None else None
         if bias_BNTS is not None:
@@ -98,6 +131,13 @@ class Scoring:
             scores_BKGTS = scores_BKGTS + bias_BNTS.reshape(bias_BNTS.shape[0], *heads, *bias_BNTS.shape[2:])
         allowed = layout.allowed()[:, None, None, :, :]
         return jnp.where(allowed, scores_BKGTS, MASKED), allowed
+
+    def read(self, weights_BKGTS: jax.Array, v_BSKH: jax.Array, layout: Layout, dtype: jnp.dtype) -> jax.Array:
+        """Returns f32[B, K, G, T, H], the weighted sum of the values."""
+        out_BKGTH = contract("BKGTS,BSKH->BKGTH", weights_BKGTS, v_BSKH, dtype)
+        if self.relative is None:
+            return out_BKGTH
+        return out_BKGTH + self.relative.read(weights_BKGTS, layout, dtype)
 
     def sinks_as(self, q_BTKGH: jax.Array) -> jax.Array:
         """Returns the sinks as f32[1, K, G, 1], or MASKED where there are none."""
@@ -110,9 +150,19 @@ def _group(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
     return q_BTNH.reshape(batch, length, num_kv_heads, heads // num_kv_heads, width)
 
 
+def _ungroup(out_BKGTH: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns [B, T, N, H], the heads of all groups in order."""
+    batch, kv_heads, groups, length, width = out_BKGTH.shape
+    out_BTKGH = jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))
+    return out_BTKGH.reshape(batch, length, kv_heads * groups, width).astype(dtype)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plain:
     """All scores at once; memory grows with T times S."""
+
+    # Whether the kernel cannot let positions see ahead.
+    causal_only: ClassVar[bool] = False
 
     def attend(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
@@ -126,11 +176,10 @@ class Plain:
         else:
             weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
         weights_BKGTS = dropout(weights_BKGTS, scoring.dropout_rate, scoring.key)
-        out_BTKGH = contract("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH, q_BTNH.dtype)
+        out_BTKGH = scoring.read(weights_BKGTS, v_BSKH, layout, q_BTNH.dtype)
         # Hidden keys have weight exp(MASKED - largest) = 0, but for a query that may read none: it gets zeros here.
-        reads_BT111 = jnp.any(allowed, axis=(1, 2, 4))[..., None, None, None]
-        out_BTKGH = jnp.where(reads_BT111, out_BTKGH, 0.0)
-        return out_BTKGH.reshape(*q_BTNH.shape[:3], v_BSKH.shape[-1]).astype(q_BTNH.dtype)
+        reads_B11T1 = jnp.any(allowed, axis=-1, keepdims=True)
+        return _ungroup(jnp.where(reads_B11T1, out_BTKGH, 0.0), q_BTNH.dtype)
 
     def problems(self, dropout_rate: float) -> list[str]:
         """Returns no problem: this kernel computes everything."""
@@ -148,6 +197,7 @@ class Chunked:
       chunk: number of keys at a time.
     """
 
+    causal_only: ClassVar[bool] = False
     chunk: int = 512
 
     def attend(
@@ -166,7 +216,8 @@ class Chunked:
             shrink_BKGT = jnp.exp(best_BKGT - new_BKGT)
             weights_BKGTS = jnp.where(allowed, jnp.exp(scores_BKGTS - new_BKGT[..., None]), 0.0)
             total_BKGT = total_BKGT * shrink_BKGT + weights_BKGTS.sum(axis=-1)
-            out_BKGTH = out_BKGTH * shrink_BKGT[..., None] + contract("BKGTS,BSKH->BKGTH", weights_BKGTS, v_BSKH, dtype)
+            read_BKGTH = scoring.read(weights_BKGTS, v_BSKH, dataclasses.replace(layout, keys=keys), dtype)
+            out_BKGTH = out_BKGTH * shrink_BKGT[..., None] + read_BKGTH
             return (new_BKGT, total_BKGT, out_BKGTH), None
 
         batch, length, kv_heads, groups, _ = q_BTKGH.shape
@@ -177,8 +228,7 @@ class Chunked:
         (_, total_BKGT, out_BKGTH), _ = jax.lax.scan(step, (best_BKGT, total_BKGT, out_BKGTH), chunks)
         # A row that read nothing divides zero by one, so that its gradient is zero and not NaN.
         out_BKGTH = out_BKGTH / jnp.where(total_BKGT > 0, total_BKGT, 1.0)[..., None]
-        out_BTKGH = jnp.transpose(out_BKGTH, (0, 3, 1, 2, 4))
-        return out_BTKGH.reshape(*q_BTNH.shape[:3], v_BSKH.shape[-1]).astype(dtype)
+        return _ungroup(out_BKGTH, dtype)
 
     def _split(self, k_BSKH: jax.Array, v_BSKH: jax.Array, keys: Side) -> tuple[jax.Array, jax.Array, Side]:
         """Cuts the key axis into chunks, which become the leading axis; what fills the last has segment 0."""

@@ -114,7 +114,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """Adds a branch to the residual stream, with norms where the placement says; passes the rest through."""
         config, placement = self.config, PLACEMENTS[self.config.norm_placement]
-        y_BTD = self._norm(f"{name}_norm", x_BTD) if placement.before else x_BTD
+        y_BTD = self._norm(f"{name}_norm", x_BTD) if self._is_normalized(name) else x_BTD
         y_BTD, rest = branch(y_BTD)
         if placement.after_branch:
             y_BTD = self._norm(f"{name}_output_norm", y_BTD)
@@ -123,6 +123,11 @@ class Block(nn.Module):
         if placement.after_sum:
             x_BTD = self._norm(f"{name}_norm", x_BTD)
         return constrain(x_BTD, "batch", "length", "activation_embed"), rest
+
+    def _is_normalized(self, name: str) -> bool:
+        """Returns whether a branch has a norm before it."""
+        before = PLACEMENTS[self.config.norm_placement].before
+        return before and (name != "attention" or self.layer.normalize_attention)
 
     def _norm(self, name: str, x_BTD: jax.Array) -> jax.Array:
         return Norm(self.config.norm, self.config.compute_dtype, name=name)(x_BTD)

@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.products import contract
+from lm.models.initializers import Constant, Gaussian
+from lm.models.products import Product, contract
 
 if TYPE_CHECKING:
     from lm.models.transformer import Transformer
@@ -38,97 +39,21 @@ WEIGHT_AXES: Mapping[str, str] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Gaussian:
-    """Draws from a normal distribution of mean zero.
-
-    Attributes:
-      stddev: standard deviation of what is drawn.
-      truncated: whether draws beyond two (untruncated) standard deviations are redrawn.
-    """
-
-    stddev: float
-    truncated: bool = False
-
-    def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Draws f32[shape]."""
-        if self.truncated:
-            # The standard deviation of a standard normal cut at +-2.
-            return jax.random.truncated_normal(key, -2.0, 2.0, shape) * (self.stddev / 0.87962566103423978)
-        return jax.random.normal(key, shape) * self.stddev
-
-
-@dataclasses.dataclass(frozen=True)
-class Constant:
-    """Fills with one value.
-
-    Attributes:
-      value: the value.
-    """
-
-    value: float
-
-    def sample(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Returns f32[shape]; the key is not used."""
-        del key
-        return jnp.full(shape, self.value, jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NormalInitializer:
-    """One standard deviation for every matrix and table (GPT-2, BERT, Llama).
-
-    Attributes:
-      stddev: standard deviation.
-      residual_scaling: divide by sqrt(2 num_layers) where a branch is written to the residual stream
-        (GPT-2, section 2.3).
-    """
-
-    stddev: float = 0.02
-    residual_scaling: bool = True
-
-    def matrix(self, fan_in: int, residual_layers: int) -> Gaussian:
-        """Returns the distribution of a matrix; `residual_layers` is 0 unless it writes to the residual stream."""
-        del fan_in
-        scaled = self.residual_scaling and residual_layers
-        return Gaussian(self.stddev / math.sqrt(2 * residual_layers) if scaled else self.stddev)
-
-    def table(self) -> Gaussian:
-        """Returns the distribution of an embedding table."""
-        return Gaussian(self.stddev)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FanInInitializer:
-    """Truncated normal of variance `scale / fan_in` for matrices, a constant deviation for tables (T5, PaLM).
-
-    Attributes:
-      scale: variance times fan-in.
-      table_stddev: standard deviation of embedding tables.
-      residual_scaling: divide by sqrt(2 num_layers) where a branch is written to the residual stream.
-    """
-
-    scale: float = 1.0
-    table_stddev: float = 1.0
-    residual_scaling: bool = False
-
-    def matrix(self, fan_in: int, residual_layers: int) -> Gaussian:
-        """Returns the distribution of a matrix; `residual_layers` is 0 unless it writes to the residual stream."""
-        depth = 2 * residual_layers if self.residual_scaling and residual_layers else 1
-        return Gaussian(math.sqrt(self.scale / fan_in / depth), truncated=True)
-
-    def table(self) -> Gaussian:
-        """Returns the distribution of an embedding table."""
-        return Gaussian(self.table_stddev)
-
-
 Role = Literal["matrix", "table", "scale", "bias"]
+
+
+class Rule(Protocol):
+    """Says how a parameter that no gradient moves follows from what was counted in a step."""
+
+    def update(self, value: jax.Array, statistic: jax.Array) -> jax.Array:
+        """Returns the next value, of the same shape; a leading axis of layers is there for both or neither."""
+        ...
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("value",),
-    meta_fields=("axes", "role", "fan_in", "distribution", "input_axes", "active_share"),
+    meta_fields=("axes", "role", "fan_in", "distribution", "input_axes", "active_share", "rule"),
 )
 @dataclasses.dataclass(frozen=True)
 class Parameter(nn.meta.AxisMetadata):
@@ -142,6 +67,8 @@ class Parameter(nn.meta.AxisMetadata):
       fan_in: number of inputs that are summed into one output; 1 for tables, scales and biases.
       input_axes: logical names of the axes that are summed over; empty for tables, scales and biases.
       active_share: share of its elements that one token meets; below 1 for the experts of a mixture.
+      rule: how its value follows from what was counted in a step, for one that no gradient moves (a router's balancing
+        bias); None is left to the optimizer.
     """
 
     value: Any
@@ -151,6 +78,7 @@ class Parameter(nn.meta.AxisMetadata):
     fan_in: int = 1
     input_axes: tuple[str, ...] = ()
     active_share: float = 1.0
+    rule: Rule | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -218,8 +146,14 @@ class Einsum(nn.Module):
     float32_result: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the product, in the compute dtype unless float32_result."""
+    def __call__(self, x: jax.Array, equation: str | None = None, product: Product = contract) -> jax.Array:
+        """Returns the product, in the compute dtype unless float32_result.
+
+        Args:
+          x: the first operand.
+          equation: another product of the same kernel, where there is no bias (absorbed projections).
+          product: computes the equation, where it is not the plain one (rows of different experts).
+        """
         operands, result = self.equation.split("->")
         letters = operands.split(",")[1]
         sizes = {**self.config.sizes, **dict(self.sizes)}
@@ -239,7 +173,7 @@ class Einsum(nn.Module):
                 active_share=self.active_share,
             ),
         )
-        y = contract(self.equation, x, kernel, self.config.compute_dtype)
+        y = product(equation or self.equation, x, kernel, self.config.compute_dtype)
         if self.use_bias:
             outputs = [letter for letter in letters if letter in result]
             shape = tuple(sizes[letter] for letter in outputs)

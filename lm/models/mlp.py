@@ -22,13 +22,14 @@ from lm.parallel import constrain
 if TYPE_CHECKING:
     from lm.models.transformer import Transformer
 
-Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared"]
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu_squared", "tanh"]
 
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
 

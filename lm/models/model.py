@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from lm.batch import Batch, WeightedSum
 from lm.models.attention import Side
+from lm.models.heads import label_sums
 from lm.models.layers import Parameter
 from lm.models.multihead import Context
-from lm.models.network import Inputs, Network, encoder_side, main_side
+from lm.models.network import Inputs, Network, encoder_inputs, main_inputs
 from lm.models.stack import add_sums
 from lm.models.transformer import Transformer
 from lm.parallel import shapes_only
@@ -31,10 +32,12 @@ class Output(NamedTuple):
     Attributes:
       hidden: [B, T, D] in the compute dtype, what `Model.logits` turns into logits.
       logits: f32[B, T, V], or None if they were not wanted.
-      losses: the model's own losses (of routers), times their coefficients; each is to be divided by its weight
-        and added to the objective's.
+      losses: the model's own losses (of routers, of labels), times their coefficients; each is to be divided by its
+        weight and added to the objective's.
       metrics: what is worth logging.
       cache: the cache with this batch appended, or None.
+      statistics: what layers counted for `Model.after_update`, at the paths of the parameters that it is for; empty for
+        most models. Those of microbatches are to be added.
     """
 
     hidden: jax.Array
@@ -42,11 +45,16 @@ class Output(NamedTuple):
     losses: dict[str, WeightedSum]
     metrics: dict[str, WeightedSum]
     cache: Cache | None
+    statistics: Parameters
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns a key path of the parameter tree as "decoder/stack/layers/...": the name of a parameter."""
     return "/".join(str(entry.key) for entry in path)
+
+
+def _flat(parameters: Any) -> list[tuple[tuple[Any, ...], Parameter]]:
+    return jax.tree_util.tree_leaves_with_path(parameters, is_leaf=lambda leaf: isinstance(leaf, Parameter))
 
 
 @functools.lru_cache(maxsize=64)
@@ -114,28 +122,60 @@ class Model:
         Raises:
           RuntimeError: outside `lm.parallel.use(mesh, rules)`.
         """
-        side = main_side(batch)
+        inputs = main_inputs(batch)
+        side = inputs.side
         context = Context(side, side, key=key)
         losses: dict[str, WeightedSum] = {}
         metrics: dict[str, WeightedSum] = {}
+        encoder_statistics: Parameters = {}
         if cache is not None:
             cache = _append(cache, side)
             context = _cached_context(cache, side, key)
         elif self._reads_encoder:
-            memory = encoder_side(batch)
-            inputs = Inputs(batch.encoder_inputs, memory)
-            memory_BSD, losses, metrics = self._call(params, inputs, key, method=Network.encode)
-            context = context._replace(memory_BSD=memory_BSD, memory=memory)
+            read = encoder_inputs(batch)
+            encoded, encoder_statistics = self._count(params, read, key, method=Network.encode)
+            memory_BSD, losses, metrics = encoded
+            context = context._replace(memory_BSD=memory_BSD, memory=read.side)
         layers = None if cache is None else cache["layers"]
-        hidden_BTD, layers, more_losses, more_metrics = self._call(params, Inputs(batch.inputs, side), context, layers)
+        result, statistics = self._count(params, inputs, context, layers)
+        hidden_BTD, layers, more_losses, more_metrics = result
+        losses, metrics = add_sums(losses, more_losses), add_sums(metrics, more_metrics)
+        if self.config.num_classes and batch.label_targets is not None:
+            losses["labels"], metrics["label_accuracy"] = label_sums(self.class_logits(params, hidden_BTD), batch)
         if cache is not None:
             cache = {**cache, "layers": layers, "index": cache["index"] + batch.inputs.shape[1]}
         logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
-        return Output(hidden_BTD, logits_BTV, add_sums(losses, more_losses), add_sums(metrics, more_metrics), cache)
+        return Output(hidden_BTD, logits_BTV, losses, metrics, cache, {**encoder_statistics, **statistics})
+
+    def after_update(self, old: Parameters, new: Parameters, statistics: Parameters) -> Parameters:
+        """Sets the parameters that no gradient moves, by the rules of their descriptions.
+
+        Args:
+          old: the parameters before the step.
+          new: the same after the optimizer; what it did to parameters that have a rule is dropped.
+          statistics: `Output.statistics`, added over the whole batch.
+
+        Returns:
+          `new` with those parameters following from `old` and `statistics`; `new` itself for most models.
+        """
+        rules = {path_name(path): leaf.rule for path, leaf in _flat(self.parameters()) if leaf.rule is not None}
+        if not rules:
+            return new
+        counted = {path_name(path): statistic for path, statistic in jax.tree_util.tree_leaves_with_path(statistics)}
+
+        def choose(path: tuple[Any, ...], before: jax.Array, after: jax.Array) -> jax.Array:
+            name = path_name(path)
+            return rules[name].update(before, counted[name]) if name in rules else after
+
+        return jax.tree_util.tree_map_with_path(choose, old, new)
 
     def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
         """Returns f32[B, T, V] for hidden states [B, T, D], soft-cap included; any chunk of positions will do."""
         return self._call(params, hidden, method=Network.logits)
+
+    def class_logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
+        """Returns f32[B, T, num_classes] for hidden states [B, T, D]; of use where an example's first token stands."""
+        return self._call(params, hidden, method=Network.class_logits)
 
     def init_cache(self, params: Parameters, batch_size: int, length: int, batch: Batch | None = None) -> Cache:
         """Makes an empty cache, a plain pytree.
@@ -151,6 +191,8 @@ class Model:
           [repeats, B, S, ...]. `select_rows` picks rows of it.
         """
         config = self.config
+        if not config.decoder_depth:
+            raise ValueError("init_cache: an encoder has nothing to cache, since every position sees every other")
         layers = {
             name: {
                 f"block_{i}": jax.tree.map(
@@ -180,8 +222,9 @@ class Model:
 
         The decoder is run once on a padding token, which nothing will read and the first token will overwrite.
         """
-        memory = encoder_side(batch)
-        memory_BSD, _, _ = self._call(params, Inputs(batch.encoder_inputs, memory), None, method=Network.encode)
+        read = encoder_inputs(batch)
+        memory = read.side
+        memory_BSD, _, _ = self._call(params, read, None, method=Network.encode)
         nothing = jnp.zeros((memory_BSD.shape[0], 1), jnp.int32)
         side = Side(nothing, nothing, nothing.astype(jnp.bool_), jnp.zeros((1,), jnp.int32))
         cache = {**cache, "memory_segment_ids": memory.segment_ids, "memory_positions": memory.positions}
@@ -192,6 +235,13 @@ class Model:
     @property
     def _reads_encoder(self) -> bool:
         return self.config.encoder_depth > 0 and self.config.decoder_depth > 0
+
+    def _count(self, params: Parameters, *arguments: Any, method: Any = None) -> tuple[Any, Parameters]:
+        """Calls the network and returns its result and the statistics of its layers."""
+        network = Network(self.config)
+        called: Any = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        result, state = called
+        return result, dict(state.get("statistics", {}))
 
     def _call(self, params: Parameters, *arguments: Any, method: Any = None) -> Any:
         return Network(self.config).apply({"params": params}, *arguments, method=method)

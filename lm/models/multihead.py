@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.attention import Chunked, Layout, Plain, Scoring, Side
-from lm.models.layers import Constant, Einsum, Norm, declare, fold
+from lm.models.attention import Chunked, Layout, Plain, RelativeVectors, Scoring, Side
+from lm.models.initializers import Constant
+from lm.models.layers import Einsum, Norm, declare, fold
 from lm.parallel import constrain
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class MultiHead:
         shape = (batch_size, length, config.sizes["K"], config.sizes["H"])
         return {"key": jnp.zeros(shape, config.compute_dtype), "value": jnp.zeros(shape, config.compute_dtype)}
 
+    def rotated_width(self, config: "Transformer") -> int:
+        """Returns how many channels of a head a rotation of positions sees."""
+        return config.sizes["H"]
+
     def flops(self, config: "Transformer", num_keys: float) -> float:
         """Returns floating point operations for one query's scores and reading, forward only, without projections."""
         return 4.0 * config.sizes["N"] * config.sizes["H"] * num_keys
@@ -139,6 +144,7 @@ class MultiHeadAttention(nn.Module):
             soft_cap=settings.logit_softcap,
             bias=None if self.cross else self._bias(context),
             sinks_N=self.param("sinks", sinks) if settings.sinks else None,
+            relative=None if self.cross else self._relative(),
             dropout_rate=settings.dropout_rate,
             key=fold(context.key, 0),
         )
@@ -191,6 +197,14 @@ class MultiHeadAttention(nn.Module):
         return lambda keys: positions.bias(
             context.bias_table_UN, context.queries.positions, keys.positions, heads, self.causal
         )
+
+    def _relative(self) -> RelativeVectors | None:
+        """Returns the layer's vectors of relative positions, if the scheme has any."""
+        positions = self.layer.positions or self.config.positions
+        tables = positions.relative_tables(self.config)
+        if tables is None:
+            return None
+        return RelativeVectors(tables[0].whole(), tables[1].whole(), positions.relative_rows)
 
     def _memory(self, context: Context) -> Side:
         if context.memory is None:

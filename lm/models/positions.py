@@ -7,7 +7,7 @@ queries and keys, or bias attention scores. Knows no attention kernel and no sta
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Positions:
     """What every scheme answers; by default a scheme adds, rotates and biases nothing."""
+
+    # Whether positions that see each other both ways can tell their order; a causal mask tells it by itself.
+    tells_order: ClassVar[bool] = True
 
     def table(self, config: "Transformer", name: str) -> Table | None:
         """Returns the table of learned positions that is added to the embeddings; called in a compact method."""
@@ -55,6 +58,15 @@ class Positions:
         del table_UN, queries_BT, keys_BS, num_heads, causal
         return None
 
+    def relative_tables(self, config: "Transformer") -> "tuple[Table, Table] | None":
+        """Returns a layer's own tables of relative positions, for keys and values; called in a compact method."""
+        del config
+        return None
+
+    def relative_rows(self, distance: jax.Array) -> jax.Array:
+        """Returns i32, the row of the relative tables for each distance (key position minus query position)."""
+        return distance
+
     def problems(self, head_dim: int) -> list[str]:
         """Returns one sentence for each reason why the scheme cannot work with heads of this size."""
         del head_dim
@@ -64,6 +76,8 @@ class Positions:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoPositions(Positions):
     """No information on positions besides the causal mask (Haviv et al. 2022)."""
+
+    tells_order: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +183,19 @@ class Bucketed(Positions):
         """Returns the table of num_buckets rows, a column for each head."""
         return Table("UN", config, sizes=(("U", self.num_buckets),), name=name)
 
+    def problems(self, head_dim: int) -> list[str]:
+        """Says so if there are too few buckets, or if the exact ones reach max_distance already."""
+        del head_dim
+        problems = []
+        if self.num_buckets < 4 or self.num_buckets % 4:
+            problems.append(f"config.model.positions.num_buckets: {self.num_buckets} is not a positive multiple of 4")
+        if self.max_distance <= self.num_buckets // 2:
+            problems.append(
+                f"config.model.positions.max_distance: {self.max_distance} must exceed half of num_buckets"
+                f" {self.num_buckets}"
+            )
+        return problems
+
     def buckets(self, distance: jax.Array, causal: bool) -> jax.Array:
         """Returns i32 buckets of i32 distances (key position minus query position)."""
         count = self.num_buckets if causal else self.num_buckets // 2
@@ -210,3 +237,24 @@ class Alibi(Positions):
         distance_BTS = jnp.abs(keys_BS[:, None, :] - queries_BT[:, :, None]).astype(jnp.float32)
         slopes = self.slopes(num_heads).astype(np.float32)
         return -jnp.asarray(slopes)[None, :, None, None] * distance_BTS[:, None, :, :]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Relative(Positions):
+    """A learned vector for each distance, added to keys and values, shared by the heads of a layer (Shaw et al. 2018).
+
+    Attributes:
+      max_distance: distances beyond this, to either side, share a vector.
+    """
+
+    max_distance: int = 16
+
+    def relative_tables(self, config: "Transformer") -> tuple[Table, Table] | None:
+        """Returns two tables of 2 max_distance + 1 rows, as wide as a head."""
+        sizes = (("U", 2 * self.max_distance + 1),)
+        keys = Table("UH", config, sizes=sizes, name="relative_keys")
+        return keys, Table("UH", config, sizes=sizes, name="relative_values")
+
+    def relative_rows(self, distance: jax.Array) -> jax.Array:
+        """Returns the distance, clipped, counted from the farthest key on the left."""
+        return jnp.clip(distance, -self.max_distance, self.max_distance) + self.max_distance

@@ -8,10 +8,14 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# Like `contract`: (equation, x, y, dtype of the operands) -> float32.
+Product = Callable[[str, jax.Array, jax.Array, jnp.dtype], jax.Array]
 
 
 def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:

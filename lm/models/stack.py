@@ -114,7 +114,8 @@ class Stack(nn.Module):
         in_axes: Any = (0, nn.broadcast)  # Linen's annotation leaves out the tuples that its documentation describes.
         return nn.scan(
             group,
-            variable_axes={} if shared else {"params": 0},
+            # What layers count (see lm.models.model.Output.statistics) is stacked as their parameters are.
+            variable_axes={"statistics": 0} if shared else {"params": 0, "statistics": 0},
             variable_broadcast="params" if shared else False,
             split_rngs={"params": not shared},
             in_axes=in_axes,

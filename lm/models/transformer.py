@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Literal
 
 import jax.numpy as jnp
 
+from lm.document import Layout as ExampleLayout
 from lm.models import accounting
 from lm.models.block import PLACEMENTS
-from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
-from lm.models.mlp import Mlp
+from lm.models.heads import HeadTransform
+from lm.models.initializers import FanInInitializer, NormalInitializer
+from lm.models.latent import Latent
+from lm.models.layers import LayerNorm, RMSNorm
+from lm.models.mlp import Activation, Mlp
+from lm.models.moe import MixtureOfExperts
 from lm.models.multihead import MultiHead
-from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Rotary, Sinusoidal
+from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Relative, Rotary, Sinusoidal
 
 if TYPE_CHECKING:
     from lm.models.model import Model
 
-PositionScheme = NoPositions | Learned | Sinusoidal | Rotary | Bucketed | Alibi
+PositionScheme = NoPositions | Learned | Sinusoidal | Rotary | Bucketed | Alibi | Relative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +35,14 @@ class Layer:
       window: how far the layer sees, in positions (see `lm.models.attention.Layout`); None is everywhere.
       positions: the layer's own rotation or bias; None means the model's.
       mlp: the layer's own feed-forward; None means the model's.
+      normalize_attention: whether attention has the norm before it that the placement asks for (not in ModernBERT's
+        first layer, which follows the norm of the embeddings).
     """
 
     window: int | None = None
     positions: NoPositions | Rotary | Alibi | None = None
-    mlp: Mlp | None = None
+    mlp: Mlp | MixtureOfExperts | None = None
+    normalize_attention: bool = True
 
 
 def document_fields(cls: type) -> type:
@@ -64,12 +72,17 @@ class Transformer:
         branch) or deep (DeepNorm: post, with a weighted residual stream and smaller initial weights).
       positions: how positions enter.
       attention: settings of attention.
-      mlp: settings of the feed-forward layer.
+      mlp: settings of the feed-forward layer, dense or a mixture of experts.
       layers: the repeating pattern of layers.
       first_layers: layers before the pattern begins.
       parallel_block: whether attention and feed-forward read the same normalised input (PaLM).
       tied_embeddings: whether the output projection is the embedding table.
       head_bias: whether logits have a bias.
+      head_transform: a dense layer, activation and norm before the output projection (BERT); None is none.
+      num_classes: labels of the head on the pooled state, for sentence pairs; 0 is no such head.
+      classifier_activation: nonlinearity of that head.
+      num_token_types: rows of the table of token types (BERT's segments); 0 is no such table.
+      num_block_positions: rows of the table of second positions, inside a blank (GLM); 0 is no such table.
       embedding_dim: width of the embedding table, if it is projected to model_dim (ALBERT); None means model_dim.
       embedding_norm: whether embeddings are normalised (BERT).
       scale_embeddings: whether embeddings are multiplied by sqrt(model_dim) (2017, Gemma).
@@ -95,13 +108,18 @@ class Transformer:
     norm: RMSNorm | LayerNorm = RMSNorm()
     norm_placement: Literal["pre", "post", "sandwich", "branch", "deep"] = "pre"
     positions: PositionScheme = Rotary()
-    attention: MultiHead = MultiHead()
-    mlp: Mlp = Mlp()
+    attention: MultiHead | Latent = MultiHead()
+    mlp: Mlp | MixtureOfExperts = Mlp()
     layers: tuple[Layer, ...] = (Layer(),)
     first_layers: tuple[Layer, ...] = ()
     parallel_block: bool = False
     tied_embeddings: bool = True
     head_bias: bool = False
+    head_transform: HeadTransform | None = None
+    num_classes: int = 0
+    classifier_activation: Activation = "tanh"
+    num_token_types: int = 0
+    num_block_positions: int = 0
     embedding_dim: int | None = None
     embedding_norm: bool = False
     scale_embeddings: bool = False
@@ -124,6 +142,23 @@ class Transformer:
     def decoder_depth(self) -> int:
         """Number of decoder blocks."""
         return 0
+
+    @property
+    def layout(self) -> ExampleLayout:
+        """Which examples the towers read (see `lm.document.Traits.layouts`)."""
+        if self.encoder_depth and self.decoder_depth:
+            return "encoder_decoder"
+        return "decoder" if self.decoder_depth else "encoder"
+
+    @property
+    def tells_order(self) -> bool:
+        """Whether positions that see each other both ways can tell their order."""
+        return any((layer.positions or self.positions).tells_order for layer in (*self.first_layers, *self.layers))
+
+    @property
+    def judges_replacements(self) -> bool:
+        """Whether the model replaces hidden tokens and learns to find them (ELECTRA)."""
+        return False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -209,6 +244,18 @@ class Transformer:
         """Counts the parameters, without allocating any."""
         return accounting.num_parameters(self.build().parameters())
 
+    def num_active_parameters(self) -> int:
+        """Counts the parameters that one token meets, without allocating any: not the experts that it does not."""
+        return accounting.num_active_parameters(self.build().parameters())
+
+    def cache_bytes_per_token(self) -> int:
+        """Counts the bytes that each token of a decoder adds to the cache."""
+        return accounting.cache_bytes_per_token(self)
+
+    def flops_per_example(self, length: int, encoder_length: int | None = None) -> float:
+        """Counts a training step's operations per sequence; arguments as of `flops_per_token`."""
+        return length * self.flops_per_token(length, encoder_length)
+
     def flops_per_token(self, length: int, encoder_length: int | None = None) -> float:
         """Counts a training step's operations per token; `lm.models.accounting.flops_per_token` says how.
 
@@ -227,23 +274,34 @@ class Transformer:
             for name in (*numbers, *optional)
             if getattr(self, name) < 1
         ]
+        problems += [
+            f"config.model.{name}: {getattr(self, name)} is negative"
+            for name in ("num_classes", "num_token_types", "num_block_positions")
+            if getattr(self, name) < 0
+        ]
         if problems:
             return problems
+        if self.embedding_dim is not None and self.head_transform is None:
+            problems.append(
+                "config.model.embedding_dim: the head must bring the model's width back to the embedding's; set"
+                " head_transform"
+            )
         if not 0 <= self.dropout_rate < 1:
             problems.append(f"config.model.dropout_rate: {self.dropout_rate} is not in [0, 1)")
         return problems + self.attention.problems(self) + self.mlp.problems(self) + self._layer_problems()
 
     def _layer_problems(self) -> list[str]:
-        problems = list(self.positions.problems(self.sizes["H"]))
+        rotated = self.attention.rotated_width(self)
+        problems = list(self.positions.problems(rotated))
         if not self.layers:
             problems.append("config.model.layers: the repeating pattern needs at least one layer")
-        if isinstance(self.positions, Sinusoidal) and self.model_dim % 2:
-            problems.append(f"config.model.model_dim: {self.model_dim} must be even for sinusoidal positions")
+        if isinstance(self.positions, Sinusoidal) and self.embedding_width % 2:
+            problems.append(f"config.model.model_dim: {self.embedding_width} must be even for sinusoidal positions")
         for layer in (*self.first_layers, *self.layers):
             if layer.window is not None and layer.window < 1:
                 problems.append(f"config.model.layers.window: {layer.window} is neither None nor a positive number")
             if layer.positions is not None:
-                problems += layer.positions.problems(self.sizes["H"])
+                problems += layer.positions.problems(rotated)
             if layer.mlp is not None:
                 problems += layer.mlp.problems(self)
         if self.share_layers and self.layers and (self.first_layers or self.num_layers % len(self.layers)):

@@ -18,7 +18,7 @@ import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
 from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special
-from lm.objectives.noise import place_spans
+from lm.objectives.noise import cover_spans, place_spans
 from lm.objectives.sentences import split_sentences
 from lm.objectives.text_to_text import TextToText, join
 
@@ -126,14 +126,12 @@ class BART:
             return tokens
         lengths, num_inserted = self.draw_lengths(budget, rng)
         starts = place_spans(lengths, num_words, int(num_words - budget >= len(lengths) - 1), rng)
-        pieces, seen = [], 0
-        for start, end in zip(words[starts], words[starts + lengths], strict=True):
-            num_masks = {"span": 1, "token": int(end - start), "delete": 0}[self.replace]
-            pieces += [tokens[seen:start], self.draw_masks(num_masks, vocabulary, rng)]
-            seen = end
-        source = np.concatenate([*pieces, tokens[seen:]])
+        begins_at, ends_at = words[starts], words[starts + lengths]
+        is_hidden = cover_spans(begins_at, ends_at - begins_at, len(tokens))
         if self.replace == "delete":
-            return source
+            return tokens[~is_hidden]
+        is_mask = is_hidden if self.replace == "token" else np.isin(np.arange(len(tokens)), begins_at)
+        source = np.where(is_mask, self.draw_masks(len(tokens), vocabulary, rng), tokens)[is_mask | ~is_hidden]
         num_inserted = min(num_inserted, len(tokens) - len(source))
         places = rng.integers(len(source) + 1, size=num_inserted)
         return np.insert(source, places, self.draw_masks(num_inserted, vocabulary, rng))

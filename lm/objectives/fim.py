@@ -91,7 +91,7 @@ class FillInTheMiddle:
         Parts that are encoded anew can have more tokens than before, so the piece shrinks until it fits: nothing
         is trimmed from a suffix or an eos.
         """
-        size = find_cut(tokens, limit - MARKS, vocabulary)
+        size = find_cut(tokens, max(1, limit - MARKS), vocabulary)
         while True:
             stream = self.rearrange(tokens[:size], draw, vocabulary)
             if len(stream) <= limit:

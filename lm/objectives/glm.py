@@ -17,7 +17,7 @@ import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
 from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, find_missing, special, take
-from lm.objectives.noise import find_runs, place_spans
+from lm.objectives.noise import cover_spans, find_runs, place_spans
 from lm.objectives.sentences import split_sentences
 
 
@@ -38,17 +38,14 @@ class ShortBlanks:
         del vocabulary  # Spans ignore the text.
         total, lengths = len(tokens), []
         while sum(lengths) < self.mask_rate * total:
-            room = total - sum(lengths) - len(lengths)  # One token between two blanks.
+            room = total - sum(lengths) - max(len(lengths), 1)  # One token between two blanks, one at least to see.
             if room < 1:
                 break
             length = int(rng.poisson(self.mean_span_length))
             if length:
                 lengths.append(min(length, room))
-        mask = np.zeros(total, bool)
-        starts = place_spans(np.array(lengths), total, 1, rng)
-        for start, length in zip(starts, lengths, strict=True):
-            mask[start : start + length] = True
-        return mask
+        sizes = np.array(lengths)
+        return cover_spans(place_spans(sizes, total, 1, rng), sizes, total)
 
     def problems(self) -> list[str]:
         """Returns what cannot work in these settings."""
@@ -114,19 +111,16 @@ def _share_problems(name: str, value: float) -> list[str]:
     return [] if 0 < value <= 1 else [f"{name} is a share above 0 and up to 1; it is {value}"]
 
 
-def arrange_blanks(
-    tokens: np.ndarray, blanks: list[tuple[int, int]], order: np.ndarray, specials: SpecialTokens
-) -> Example:
-    """Returns the example of a text, its blanks (start, end) and the order in which they are predicted."""
-    sizes = np.array([end - start for start, end in blanks])
+def arrange_blanks(tokens: np.ndarray, blanks: np.ndarray, order: np.ndarray, specials: SpecialTokens) -> Example:
+    """Returns the example of a text, its blanks i64[blanks, 2] (start, end) and the order of their prediction."""
+    starts, sizes = blanks[:, 0], blanks[:, 1] - blanks[:, 0]
     # Each blank is one position in Part A, so later tokens move up by what the blanks before them hide.
-    marks = np.array([start for start, _ in blanks]) - (np.cumsum(sizes) - sizes + -np.arange(len(sizes)))
-    visible = np.ones(len(tokens), bool)
+    marks = starts - (np.cumsum(sizes - 1) - (sizes - 1))
+    is_visible = ~cover_spans(starts, sizes, len(tokens))
+    is_visible[starts] = True
     part_a = tokens.copy()
-    for start, end in blanks:
-        part_a[start] = special(specials, "mask")
-        visible[start + 1 : end] = False
-    part_a = part_a[visible]
+    part_a[starts] = special(specials, "mask")
+    part_a = part_a[is_visible]
     filled = [tokens[slice(*blanks[k])] for k in order.tolist()]
     inputs = [part_a, *(part for span in filled for part in ([special(specials, "sop")], span))]
     targets = [
@@ -166,6 +160,8 @@ class GLM:
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each segment of the document: text and two tokens for each blank fit a row."""
         rng = context.rng(CORRUPTION)
+        if problems := self.length_problems(context.lengths):
+            raise ValueError(problems[0])
         vocabulary, limit = context.vocabulary, context.lengths.tokens
         examples, rest = [], document.tokens
         while len(rest) >= 2:
@@ -181,6 +177,10 @@ class GLM:
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         """Returns what cannot work in these settings."""
         problems = self.blanks.problems() + find_missing(specials, "mask", "sop", "eop")
-        if lengths.tokens < 8:
-            problems.append(f"rows of {lengths.tokens} tokens are too short for text and blanks: have at least 8")
-        return problems
+        return problems + self.length_problems(lengths)
+
+    def length_problems(self, lengths: Lengths) -> list[str]:
+        """Returns a sentence if the rows are too short for any text with its blanks."""
+        if lengths.tokens >= 8:
+            return []
+        return [f"rows of {lengths.tokens} tokens are too short for text and blanks: have at least 8"]

@@ -50,10 +50,17 @@ def place_spans(lengths: np.ndarray, total: int, gap: int, rng: np.random.Genera
     return np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths
 
 
-def find_runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """Returns the (start, end) of each run of True in `mask`, in order."""
+def cover_spans(starts: np.ndarray, lengths: np.ndarray, total: int) -> np.ndarray:
+    """Returns bool[total], true in the disjoint spans."""
+    begins = np.bincount(starts, minlength=total + 1)
+    ends = np.bincount(starts + lengths, minlength=total + 1)
+    return np.cumsum(begins - ends)[:total] > 0
+
+
+def find_runs(mask: np.ndarray) -> np.ndarray:
+    """Returns i64[runs, 2], the start and the end of each run of True in `mask`, in order."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
-    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+    return edges.reshape(-1, 2)
 
 
 def _density_problems(noise_density: float) -> list[str]:
@@ -100,10 +107,7 @@ class SpanNoise:
             starts = place_spans(lengths, length, 1, rng)
         else:
             starts = np.cumsum(split_randomly(kept, spans, rng)) + np.cumsum(lengths) - lengths
-        mask = np.zeros(length, bool)
-        for start, size in zip(starts, lengths, strict=True):
-            mask[start : start + size] = True
-        return mask
+        return cover_spans(starts, lengths, length)
 
     def problems(self) -> list[str]:
         """Returns what cannot work in these settings."""

@@ -58,7 +58,8 @@ def gather_chunk(
 ) -> list[np.ndarray]:
     """Returns the sentences from `start` on that reach the target length: `limit`, or a shorter one by chance."""
     target = limit if rng.random() >= short_rate else int(rng.integers(2, limit + 1))
-    sums = np.cumsum([len(sentence) for sentence in sentences[start:]])
+    # No sentence is empty, so that no more than `target` of them are needed.
+    sums = np.cumsum([len(sentence) for sentence in sentences[start : start + target]])
     return sentences[start : start + int(np.searchsorted(sums, target)) + 1]
 
 

@@ -5,11 +5,14 @@ Knows the vocabulary's text of each token, no objective. Law: the sentences in a
 With one token per character, "Ah. So be it." has the sentences "Ah." and " So be it.".
 """
 
+import itertools
+
 import numpy as np
 
 from lm.objectives.base import Vocabulary
 
-TERMINATORS = (".", "!", "?", "。", "!", "?", "\n")
+# The last three are the full-width forms.
+TERMINATORS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")
 
 
 def split_sentences(tokens: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
@@ -19,7 +22,8 @@ def split_sentences(tokens: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarr
     """
     if len(tokens) == 0:
         return []
-    ids, inverse = np.unique(tokens, return_inverse=True)
-    terminal = np.array([vocabulary.decode([token]).rstrip(" ").endswith(TERMINATORS) for token in ids.tolist()])
-    ends = terminal[inverse][:-1] & vocabulary.starts_word[tokens[1:]]
-    return np.split(tokens, np.flatnonzero(ends) + 1)
+    places = np.flatnonzero(vocabulary.starts_word[tokens[1:]])  # Of the last tokens of words.
+    ids, inverse = np.unique(tokens[places], return_inverse=True)
+    ends = np.array([vocabulary.decode([token]).rstrip(" ").endswith(TERMINATORS) for token in ids.tolist()], bool)
+    bounds = [0, *(places[ends[inverse]] + 1).tolist(), len(tokens)]
+    return [tokens[start:end] for start, end in itertools.pairwise(bounds)]

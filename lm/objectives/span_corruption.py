@@ -27,20 +27,18 @@ def replace_spans(tokens: np.ndarray, mask: np.ndarray, sentinels: tuple[int, ..
       ValueError: if there are more spans than sentinels.
     """
     runs = find_runs(mask)
-    closing = not mask[-1]
+    closing = int(not mask[-1])
     if len(runs) + closing > len(sentinels):
         raise ValueError(f"{len(runs) + closing} spans need as many sentinels; the tokenizer has {len(sentinels)}")
-    source: list[np.ndarray] = []
-    target: list[np.ndarray] = []
-    seen = 0
-    for (start, end), sentinel in zip(runs, sentinels, strict=False):
-        source += [tokens[seen:start], np.array([sentinel])]
-        target += [np.array([sentinel]), tokens[start:end]]
-        seen = end
-    source.append(tokens[seen:])
-    if closing:
-        target.append(np.array([sentinels[len(runs)]]))
-    return np.concatenate(source).astype(np.int32), np.concatenate(target).astype(np.int32)
+    starts = runs[:, 0]
+    marks = np.array(sentinels[: len(runs) + closing], np.int32)
+    shown, is_shown = tokens.astype(np.int32), ~mask
+    shown[starts] = marks[: len(runs)]
+    is_shown[starts] = True
+    # In the target each mark stands before its run, and the closing one at the end.
+    hidden_before = np.cumsum(mask) - mask
+    places = np.append(hidden_before[starts], np.full(closing, mask.sum()))
+    return shown[is_shown], np.insert(tokens[mask].astype(np.int32), places, marks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special
+from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special, take
 
 
 class Sizes(NamedTuple):
@@ -145,14 +145,29 @@ def cut_segments(tokens: np.ndarray, limit: int) -> list[np.ndarray]:
     return cut(tokens, limit, minimum=2)
 
 
+def take_segment(corruption: Corruption, remaining: int, lengths: Lengths, extra: int) -> int:
+    """Returns how many of a document's `remaining` tokens its next segment takes, `extra` as in `plan_segment`.
+
+    Raises:
+      ValueError: if the rows are too short, where `find_problems` was not asked before.
+    """
+    if problems := length_problems(corruption, lengths, extra):
+        raise ValueError(problems[0])
+    return take(plan_segment(corruption, lengths, extra), remaining, minimum=2)
+
+
+def length_problems(corruption: Corruption, lengths: Lengths, extra: int = 0) -> list[str]:
+    """Returns a sentence if the rows hold no segment of three tokens, the least that can always be cut in two."""
+    if plan_segment(corruption, lengths, extra) >= 3:
+        return []
+    rows = f"rows of {lengths.tokens} tokens"
+    if lengths.encoder is not None:
+        rows = f"an encoder row of {lengths.encoder} and a decoder row of {lengths.tokens} tokens"
+    return [f"{rows} cannot hold a corrupted segment of three tokens: raise the lengths"]
+
+
 def find_problems(
     corruption: Corruption, specials: SpecialTokens, lengths: Lengths, names: tuple[str, ...] = (), extra: int = 0
 ) -> list[str]:
-    """Returns missing special tokens (bos, eos and `names`), and lengths that hold no segment of three tokens."""
-    problems = find_missing(specials, "bos", "eos", *names)
-    if plan_segment(corruption, lengths, extra) < 3:
-        rows = f"rows of {lengths.tokens} tokens"
-        if lengths.encoder is not None:
-            rows = f"an encoder row of {lengths.encoder} and a decoder row of {lengths.tokens} tokens"
-        problems.append(f"{rows} cannot hold a corrupted segment of three tokens: raise the lengths")
-    return problems
+    """Returns missing special tokens (bos, eos and `names`) and lengths that are too short."""
+    return find_missing(specials, "bos", "eos", *names) + length_problems(corruption, lengths, extra)

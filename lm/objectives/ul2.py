@@ -15,11 +15,11 @@ from typing import Literal
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, take
+from lm.objectives.base import CORRUPTION, Context, Traits
 from lm.objectives.noise import SpanNoise, SuffixNoise
 from lm.objectives.prefix import PrefixLM
 from lm.objectives.span_corruption import SpanCorruption
-from lm.objectives.text_to_text import TextToText, find_problems, plan_segment
+from lm.objectives.text_to_text import TextToText, find_problems, take_segment
 
 MODES = ("R", "S", "X")
 
@@ -54,7 +54,7 @@ class Denoiser:
 def spans(mode: Literal["R", "X"], mean_span_length: float, noise_density: float, weight: float = 1.0) -> Denoiser:
     """Returns an R- or X-denoiser."""
     return Denoiser(
-        mode=mode, noise=SpanNoise(noise_density=noise_density, mean_span_length=mean_span_length), weight=weight
+        mode=mode, noise=SpanNoise(noise_density=noise_density, mean_span_length=float(mean_span_length)), weight=weight
     )
 
 
@@ -118,7 +118,7 @@ class UL2:
             component = int(rng.choice(len(shares), p=shares))
             denoiser = self.denoisers[component]
             corruption = denoiser.corruption(self.format)
-            size = take(plan_segment(corruption, context.lengths, int(self.mode_tokens)), len(rest), minimum=2)
+            size = take_segment(corruption, len(rest), context.lengths, int(self.mode_tokens))
             source, target = corruption.corrupt(rest[:size], vocabulary, rng)
             if self.mode_tokens:
                 source = np.concatenate([[specials.modes[MODES.index(denoiser.mode)]], source])

@@ -4,7 +4,7 @@ Figures are the vendors' dense bfloat16 peaks per jax device. An unknown device 
 utilisation is claimed for it.
 """
 
-import jax
+from typing import Any
 
 # jax's device_kind -> dense bfloat16 FLOP/s of one jax device.
 PEAK_BF16_FLOPS = {
@@ -27,6 +27,6 @@ PEAK_BF16_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """Returns the dense bfloat16 peak of `device` in FLOP/s, or None if it is not known."""
     return PEAK_BF16_FLOPS.get(device.device_kind)

@@ -6,6 +6,7 @@ Knows neither models nor data. A single device is a mesh too, so that every prog
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -55,7 +56,7 @@ class MeshConfig:
         return tuple(sizes)
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the six-axis mesh of `config` over `devices` (default: all of them).
 
     Raises:

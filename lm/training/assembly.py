@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from lm import parallel
 from lm.batch import Batch
 from lm.config import ConfigError
-from lm.data import load_tokenizer, training_text
-from lm.experiment import Experiment
+from lm.data import load_tokenizer
+from lm.experiment import Experiment, too_few_ids
 from lm.optim import build_optimizer
 from lm.training.checkpoints import restore_params
 from lm.training.state import TrainState, Tree, init_state, state_shardings
@@ -96,10 +96,7 @@ def check_vocabulary(experiment: Experiment, tokenizer: Any) -> None:
     """
     found = list(experiment.objective.problems(tokenizer.specials, experiment.data.lengths))
     if tokenizer.size > experiment.model.vocab_size:
-        found.append(
-            f"model.vocab_size {experiment.model.vocab_size} is smaller than the tokenizer's {tokenizer.size} ids; "
-            f"use --config.model.vocab_size={tokenizer.size} or more"
-        )
+        found.append(too_few_ids(experiment.model.vocab_size, tokenizer.size))
     if found:
         raise ConfigError("\n".join(f"config: {line}" for line in found))
 
@@ -115,13 +112,6 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
         mesh = parallel.build_mesh(experiment.mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-    if experiment.batch_size // experiment.num_microbatches % shards:
-        raise ConfigError(
-            f"config: batch_size {experiment.batch_size} in {experiment.num_microbatches} microbatches does not divide "
-            f"over data x fsdp x expert = {shards} devices; "
-            f"make it a multiple of {shards * experiment.num_microbatches}"
-        )
     rules = parallel.DEFAULT_RULES
     model = experiment.model.build()
     with parallel.shapes_only():
@@ -133,6 +123,26 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     shardings = state_shardings(model, shapes, mesh, rules)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     return Assembly(experiment, mesh, rules, tokenizer, model, optimizer, state)
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Returns over how many devices the rows of a batch are divided."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
+
+
+def check_batch_size(experiment: Experiment, mesh: Mesh) -> None:
+    """Checks that each microbatch divides over the devices that read different rows.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    shards = row_shards(mesh)
+    pieces = experiment.num_microbatches
+    if experiment.batch_size // pieces % shards:
+        raise ConfigError(
+            f"config.batch_size {experiment.batch_size} in {pieces} microbatches does not divide over "
+            f"data x fsdp x expert = {shards} devices; make it a multiple of {shards * pieces}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +191,7 @@ def load_run(workdir: str, step: int | None = None, experiment: Experiment | Non
     path = pathlib.Path(workdir).expanduser()
     experiment = read_config(path) if experiment is None else experiment
     use_compilation_cache(experiment.compilation_cache)
-    tokenizer = load_tokenizer(experiment.data.tokenizer, training_text(experiment.data), path / "tokenizer")
+    tokenizer = load_tokenizer(experiment.data.tokenizer, None, path / "tokenizer")
     assembly = assemble(experiment, tokenizer)
     step, params = restore_params(path, assembly.state.params, step)
     return Run(assembly, params, step, path)

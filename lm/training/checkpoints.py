@@ -87,7 +87,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         params, average, rest = _split(state)
-        items = {"params": ocp.args.StandardSave(params), "state": ocp.args.StandardSave(rest)}
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "state": ocp.args.StandardSave(rest)}
         if average is not None:
             items["average"] = ocp.args.StandardSave(average)
         items["data"] = ocp.args.JsonSave(data)
@@ -124,7 +124,7 @@ class Checkpoints:
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         params, average, rest = _split(like)
-        items = {"params": ocp.args.StandardRestore(params), "state": ocp.args.StandardRestore(rest)}
+        items: dict[str, Any] = {"params": ocp.args.StandardRestore(params), "state": ocp.args.StandardRestore(rest)}
         if average is not None:
             items["average"] = ocp.args.StandardRestore(average)
         items["data"] = ocp.args.JsonRestore()
@@ -179,7 +179,7 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
     directory = (workdir / "checkpoints").absolute()
     if not directory.is_dir():
         raise CheckpointError(f"{workdir} has no checkpoints")
-    with ocp.CheckpointManager(directory, item_names=ITEMS, options=ocp.CheckpointManagerOptions(read_only=True)) as m:
+    with ocp.CheckpointManager(directory, item_names=ITEMS, options=ocp.CheckpointManagerOptions(create=False)) as m:
         steps = sorted(m.all_steps())
         if not steps or (step is not None and step not in steps):
             there = f"there are {steps}" if steps else "there is none"
@@ -195,3 +195,10 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
                 continue
             return candidate, read[item]
     raise CheckpointError(f"no checkpoint in {directory} fits this model; " + "; ".join(reasons))
+
+
+def save_params(workdir: pathlib.Path, params: Tree) -> None:
+    """Saves parameters alone as step 0, for `restore_params`: to be used or started from, not gone on with."""
+    directory = (workdir / "checkpoints").absolute()
+    with ocp.CheckpointManager(directory, item_names=ITEMS) as manager:
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))

@@ -13,8 +13,9 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
+# Generated classes, which type checkers cannot see.
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] generated
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] generated
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
@@ -60,12 +61,21 @@ class MetricsWriter:
         self._events = EventFileWriter(str(workdir / "tensorboard")) if config.tensorboard else None
         if self._events is not None and first_step:
             # Tells TensorBoard to forget what an interrupted run logged after this step.
-            self._events.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=_restarted()))
+            self._events.add_event(
+                Event(step=first_step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
+            )
 
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Writes one line; figures that are not finite are written as strings, so that the file stays JSON."""
+    def write(self, step: int, split: str, values: Mapping[str, float], **notes: str) -> None:
+        """Writes one line; figures that are not finite are written as strings, so that the file stays JSON.
+
+        Args:
+          step: number of updates done.
+          split: "train" or "validation".
+          values: figures by name.
+          **notes: words for metrics.jsonl only.
+        """
         shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **shown}) + "\n")
+        self._file.write(json.dumps({"step": step, "split": split, **notes, **shown}) + "\n")
         self._file.flush()
         if self._events is not None:
             scalars = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
@@ -78,10 +88,9 @@ class MetricsWriter:
             self._events.close()
 
 
-def _restarted() -> Any:
-    from tensorboard.compat.proto.event_pb2 import SessionLog
-
-    return SessionLog(status=SessionLog.START)
+def _speed(tokens_per_second: float) -> str:
+    """The first step of a process is compilation and has no speed."""
+    return "" if math.isnan(tokens_per_second) else f"  {tokens_per_second:,.0f} tokens/s"
 
 
 class Progress:
@@ -102,7 +111,7 @@ class Progress:
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Shows that `step` updates are done."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.4f}{_speed(tokens_per_second)}", refresh=False)
             self._bar.update(step - self._bar.n)
             return
         now = time.monotonic()
@@ -110,7 +119,7 @@ class Progress:
             self._shown = now
             left = (now - self._started) / max(step - self._first, 1) * (self._num_steps - step)
             print(
-                f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  "
+                f"step {step}/{self._num_steps}  loss {loss:.4f}{_speed(tokens_per_second)}  "
                 f"{time.strftime('%H:%M:%S', time.gmtime(left))} left",
                 file=sys.stderr,
                 flush=True,

@@ -6,6 +6,7 @@ step k runs, so the devices never wait for the host.
 """
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 import signal
@@ -17,13 +18,14 @@ from typing import Any
 
 import jax
 
-from lm.data import fingerprint, load_tokenizer, train_batches, training_text
+from lm.config import UserError
+from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
-from lm.parallel.hardware import peak_flops
-from lm.training.assembly import Assembly, assemble, use_compilation_cache
+from lm.training.assembly import Assembly, assemble, check_batch_size, use_compilation_cache
 from lm.training.checkpoints import Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
-from lm.training.state import TrainState, Tree
+from lm.training.meter import Meter
+from lm.training.state import TrainState, Tree, place
 from lm.training.step import make_train_step
 from lm.training.workdir import locked, open_workdir, write_record
 
@@ -33,6 +35,9 @@ EXIT_PREEMPTED = 75
 # (parameters, whether the whole split is wanted) -> held-out figures, "nll" among them.
 Evaluate = Callable[[Tree, bool], dict[str, float]]
 
+# (folder, model's config) -> parameters on the host; None if the folder is in no other project's format.
+ImportParams = Callable[[str, Any], Tree | None]
+
 
 @dataclasses.dataclass
 class Counters:
@@ -41,10 +46,12 @@ class Counters:
     Attributes:
       seen_tokens: tokens read so far, padding left out.
       skipped_steps: updates left out because they were not finite.
+      data_order: hash of every batch read so far, in order.
     """
 
     seen_tokens: int = 0
     skipped_steps: int = 0
+    data_order: str = ""
 
 
 @contextmanager
@@ -68,11 +75,21 @@ def _stop_requested() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+# (step, its metrics still on the devices, hash of the data read up to it)
+Finished = tuple[int, dict[str, jax.Array], str]
+
+
 class TrainLoop:
     """One start of a run, from the state that was restored to its end or to a request to stop."""
 
     def __init__(
-        self, assembly: Assembly, workdir: pathlib.Path, batches: Any, checkpoints: Checkpoints, evaluate: Evaluate
+        self,
+        assembly: Assembly,
+        workdir: pathlib.Path,
+        batches: Batches,
+        checkpoints: Checkpoints,
+        evaluate: Evaluate,
+        import_params: ImportParams | None = None,
     ) -> None:
         """Takes the parts; restores nothing and runs nothing yet."""
         self.assembly = assembly
@@ -80,10 +97,10 @@ class TrainLoop:
         self.batches = batches
         self.checkpoints = checkpoints
         self.evaluate = evaluate
+        self.import_params = import_params
         self.workdir = workdir
         self.counters = Counters()
         self.step = 0
-        self._compiled: Any = None
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
 
     def restore(self) -> TrainState:
@@ -92,7 +109,7 @@ class TrainLoop:
         if found is None:
             state = self.assembly.init()
             if self.config.init_from is not None:
-                _, params = restore_params(pathlib.Path(self.config.init_from), self.assembly.state.params)
+                params = self._first_params(self.config.init_from)
                 average = self.config.optimizer.average
                 state = state._replace(params=params, average=None if average is None else average.init(params))
             return state
@@ -101,142 +118,126 @@ class TrainLoop:
         self.counters = Counters(**found.data["counters"])
         return found.state
 
+    def _first_params(self, folder: str) -> Tree:
+        """Returns the parameters of another run or, if they can be imported, of another project, on the devices."""
+        like = self.assembly.state.params
+        params = None if self.import_params is None else self.import_params(folder, self.config.model)
+        if params is None:
+            return restore_params(pathlib.Path(folder), like)[1]
+        return place(params, like)
+
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""
-        step_function = jax.jit(
-            make_train_step(
-                self.config, self.assembly.model, self.assembly.optimizer, self.assembly.tokenizer.token_bytes
-            ),
-            donate_argnums=0,
-        )
-        writer = MetricsWriter(self.workdir, self.config.logging, self.step)
-        progress = Progress(self.config.logging, self.step, self.config.num_steps)
-        meter = _Meter(self.config, self.assembly)
-        pending: dict[str, jax.Array] | None = None
+        self._writer = MetricsWriter(self.workdir, self.config.logging, self.step)
+        self._progress = Progress(self.config.logging, self.step, self.config.num_steps)
+        self._meter = Meter(self.config, self.assembly)
+        box = [state]
         try:
             with _stop_requested() as stop, self.assembly.placed():
-                while self.step < self.config.num_steps and not stop.is_set():
-                    started = time.perf_counter()
-                    batch = next(self.batches)
-                    meter.waited(time.perf_counter() - started)
-                    state, metrics = step_function(state, self.assembly.place(batch))
-                    if pending is not None:
-                        self._note(self.step, pending, meter, writer, progress)
-                    pending = metrics
-                    self.step += 1
-                    due = self._due(stop.is_set())
-                    if due:
-                        self._note(self.step, pending, meter, writer, progress)
-                        pending = None
-                        self._evaluate_and_save(state, writer, progress, stop.is_set())
-                        meter.restart()
-                if pending is not None:
-                    self._note(self.step, pending, meter, writer, progress)
-                self._finish(state, writer, progress, stopped=self.step < self.config.num_steps)
+                finished = self._run_steps(box, stop)
+                if finished and self._held_out[0] != self.step:
+                    self._evaluate(box[0], whole=True)
+                self._save(box[0])
+                self.checkpoints.wait()
+            self._say_goodbye(finished)
+            return finished
+        except UserError:
+            # Something outside the state is wrong (data, disk): what was computed is kept.
+            self._save(box[0])
+            self.checkpoints.wait()
+            raise
         finally:
-            progress.close()
-            writer.close()
-        return self.step >= self.config.num_steps
+            self._progress.close()
+            self._writer.close()
 
-    def _due(self, stopping: bool) -> bool:
+    def _say_goodbye(self, finished: bool) -> None:
+        if not finished:
+            self._progress.say(f"stopped after step {self.step}; saved. The same command goes on from here.")
+            return
+        data = self.batches.statistics()
+        self._progress.say(
+            f"finished: {self.step} steps, {self.counters.seen_tokens:,} tokens; train step "
+            f"{self._meter.overall:,.0f} tokens/s, data pipeline {data['tokens_per_second']:,.0f} tokens/s when not "
+            f"waited for, {data['padding_fraction']:.1%} padding. Everything is in {self.workdir}"
+        )
+
+    def _run_steps(self, box: list[TrainState], stop: threading.Event) -> bool:
+        """Runs steps, leaving the newest state in `box`; returns whether the run is done."""
+        model, tokenizer = self.assembly.model, self.assembly.tokenizer
+        step = make_train_step(self.config, model, self.assembly.optimizer, tokenizer.token_bytes)
+        step = jax.jit(step, donate_argnums=0)
+        pending: Finished | None = None
+        while self.step < self.config.num_steps and not stop.is_set():
+            started = time.perf_counter()
+            batch = next(self.batches, None)
+            if batch is None:  # data.num_epochs are over
+                break
+            self._meter.waited(time.perf_counter() - started)
+            box[0], metrics = step(box[0], self.assembly.place(batch))
+            self.step += 1
+            self.counters.data_order = _chain(self.counters.data_order, self.batches.digest())
+            # Written down one step late: while this step runs, the last one's figures are read.
+            self._note(pending)
+            pending = (self.step, metrics, self.counters.data_order)
+            if self._due():
+                self._note(pending)
+                pending = None
+                self._evaluate_and_save(box[0])
+                self._meter.restart()
+        self._note(pending)
+        return not stop.is_set() or self.step >= self.config.num_steps
+
+    def _due(self) -> bool:
         every = (self.config.evaluation.every, self.config.checkpoint.every)
-        return stopping or any(n is not None and self.step % n == 0 for n in every)
+        return any(n is not None and self.step % n == 0 for n in every)
 
-    def _note(
-        self, step: int, metrics: dict[str, jax.Array], meter: "_Meter", writer: MetricsWriter, progress: Progress
-    ) -> None:
+    def _note(self, finished: Finished | None) -> None:
         """Counts one finished step, and writes it down if it is time to."""
+        if finished is None:
+            return
+        step, metrics, order = finished
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.counters.seen_tokens += int(values["seen_tokens"])
         self.counters.skipped_steps += int(values["skipped"])
-        meter.stepped(values["seen_tokens"])
-        progress.update(step, values["loss"], meter.tokens_per_second)
-        if step % self.config.logging.every == 0 or step == self.config.num_steps or step == 1:
-            totals = {"total_tokens": self.counters.seen_tokens, "skipped_steps": self.counters.skipped_steps}
-            writer.write(step, "train", values | totals | meter.read())
+        self._meter.stepped(values["seen_tokens"])
+        self._progress.update(step, values["loss"], self._meter.tokens_per_second)
+        if step % self.config.logging.every == 0 or step in (1, self.config.num_steps):
+            data = self.batches.statistics()
+            values["total_tokens"] = self.counters.seen_tokens
+            values["skipped_steps"] = self.counters.skipped_steps
+            speed = self._meter.read()
+            if speed:
+                speed["data_tokens_per_second"] = data["tokens_per_second"]
+                speed["padding_fraction"] = data["padding_fraction"]
+            self._writer.write(step, "train", values | speed, data_order=order)
 
-    def _evaluate_and_save(self, state: TrainState, writer: MetricsWriter, progress: Progress, stopping: bool) -> None:
+    def _evaluate_and_save(self, state: TrainState) -> None:
         every = self.config.evaluation.every
-        if every is not None and self.step % every == 0 and not stopping and self.step < self.config.num_steps:
-            self._held_out = (self.step, self._evaluate(state, writer, progress, whole=False))
-        if stopping or (self.step % self.config.checkpoint.every == 0):
+        if every is not None and self.step % every == 0 and self.step < self.config.num_steps:
+            self._evaluate(state, whole=False)
+        # The last step is saved after its evaluation, with its figures.
+        if self.step % self.config.checkpoint.every == 0 and self.step < self.config.num_steps:
             self._save(state)
 
-    def _evaluate(
-        self, state: TrainState, writer: MetricsWriter, progress: Progress, *, whole: bool
-    ) -> dict[str, float]:
-        params = state.params if state.average is None else state.average
-        figures = self.evaluate(params, whole)
-        writer.write(self.step, "validation", figures)
+    def _evaluate(self, state: TrainState, *, whole: bool) -> None:
+        figures = self.evaluate(state.params if state.average is None else state.average, whole)
+        self._held_out = (self.step, figures)
         if figures:
-            progress.say(
+            self._writer.write(self.step, "validation", figures)
+            self._progress.say(
                 f"step {self.step}: held-out loss {figures['nll']:.4f} nats/token, "
-                f"{figures['bits_per_byte']:.4f} bits/byte"
+                f"{figures['bits_per_byte']:.4f} bits/byte (unigram entropy {figures['unigram_bits_per_byte']:.4f})"
             )
-        return figures
 
     def _save(self, state: TrainState) -> None:
         data = {"batches": self.batches.get_state(), "counters": dataclasses.asdict(self.counters)}
         figures = self._held_out[1] if self._held_out[0] == self.step else None
         self.checkpoints.save(state, data, figures or None)
 
-    def _finish(self, state: TrainState, writer: MetricsWriter, progress: Progress, *, stopped: bool) -> None:
-        """Evaluates on the whole split if the run is done, saves, and waits for the disk."""
-        if not stopped and self._held_out[0] != self.step:
-            self._held_out = (self.step, self._evaluate(state, writer, progress, whole=True))
-        self._save(state)
-        self.checkpoints.wait()
-        if stopped:
-            progress.say(f"stopped after step {self.step}; saved. The same command goes on from here.")
 
-
-class _Meter:
-    """Speed since the last line: tokens/s, model FLOP/s, and the share of time spent waiting for data."""
-
-    def __init__(self, config: Experiment, assembly: Assembly) -> None:
-        self._flops = config.model.flops_per_token(config.data.sequence_length)
-        self._positions = config.batch_size * config.data.sequence_length
-        device = assembly.mesh.devices.flat[0]
-        peak = peak_flops(device)
-        self._peak = None if peak is None else peak * assembly.mesh.size
-        self._skip_first = True
-        self.tokens_per_second = math.nan
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets what was measured, after an evaluation or a save."""
-        self._start, self._steps, self._tokens, self._waiting = time.perf_counter(), 0, 0.0, 0.0
-
-    def waited(self, seconds: float) -> None:
-        """Adds time spent waiting for a batch."""
-        self._waiting += seconds
-
-    def stepped(self, tokens: float) -> None:
-        """Adds one finished step; the first one of a process is compilation and not counted."""
-        if self._skip_first:
-            self._skip_first = False
-            self.restart()
-            return
-        self._steps += 1
-        self._tokens += tokens
-        self.tokens_per_second = self._tokens / max(time.perf_counter() - self._start, 1e-9)
-
-    def read(self) -> dict[str, float]:
-        """Returns the figures since the last reading and starts anew; empty before the second step."""
-        if not self._steps:
-            return {}
-        seconds = max(time.perf_counter() - self._start, 1e-9)
-        flops = self._flops * self._positions * self._steps / seconds
-        figures = {
-            "tokens_per_second": self._tokens / seconds,
-            "seconds_per_step": seconds / self._steps,
-            "data_wait_fraction": min(self._waiting / seconds, 1.0),
-            "model_flops_per_second": flops,
-        }
-        if self._peak is not None:
-            figures["model_flops_utilization"] = flops / self._peak
-        self.restart()
-        return figures
+def _chain(before: str, digest: str) -> str:
+    """A hash of everything read so far, in order: equal hashes mean equal tokens in equal order."""
+    return hashlib.blake2b(f"{before}{digest}".encode(), digest_size=8).hexdigest()
 
 
 def train(
@@ -245,6 +246,7 @@ def train(
     make_evaluate: Callable[[Assembly], Evaluate],
     *,
     force_config: bool = False,
+    import_params: ImportParams | None = None,
 ) -> bool:
     """Trains a run to its end, from its newest checkpoint if it has one.
 
@@ -253,6 +255,7 @@ def train(
       workdir: folder of the run.
       make_evaluate: makes the held-out evaluation of this run.
       force_config: go on although the folder holds another config.
+      import_params: reads `init_from` where that is a folder of another project; None reads only runs.
 
     Returns:
       Whether the run is finished; False if it was asked to stop.
@@ -264,8 +267,9 @@ def train(
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir, experiment, force_config=force_config)
     with locked(folder):
-        tokenizer = load_tokenizer(experiment.data.tokenizer, training_text(experiment.data), folder / "tokenizer")
+        tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
+        check_batch_size(experiment, assembly.mesh)
         batches = train_batches(
             experiment.data,
             experiment.objective,
@@ -276,7 +280,7 @@ def train(
         )
         checkpoints = Checkpoints(folder, experiment.checkpoint)
         try:
-            loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly))
+            loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params)
             state = loop.restore()
             facts = {
                 "from_step": loop.step,

@@ -18,7 +18,7 @@ Tree = Any  # a nested dict of arrays, of shapes, of axes or of shardings
 
 
 class TrainState(NamedTuple):
-    """What a train step reads and returns.
+    """What a train step reads and returns; also the tree of its shapes, and of its shardings.
 
     Attributes:
       step: i32[], number of updates done.
@@ -28,11 +28,11 @@ class TrainState(NamedTuple):
       key: typed PRNG key of the run; folded with the step, never split.
     """
 
-    step: jax.Array
+    step: Any
     params: Tree
     opt_state: Tree
     average: Tree
-    key: jax.Array
+    key: Any
 
 
 def init_state(model: Any, optimizer: optax.GradientTransformation, seed: jax.Array, average: Any) -> TrainState:
@@ -81,3 +81,18 @@ def state_shardings(model: Any, shapes: TrainState, mesh: Mesh, rules: parallel.
         average=None if shapes.average is None else params,
         key=whole,
     )
+
+
+def place(arrays: Tree, like: Tree) -> Tree:
+    """Moves arrays of the host to the devices; every process has all of them and keeps its own shards.
+
+    Args:
+      arrays: NumPy arrays.
+      like: the same tree of ShapeDtypeStructs with shardings.
+    """
+
+    def put(array: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+        assert target.sharding is not None
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
+
+    return jax.tree.map(put, arrays, like)

@@ -20,10 +20,13 @@ from lm.training.state import TrainState, Tree
 
 Metrics = dict[str, jax.Array]
 Sums = tuple[TokenLosses, dict[str, WeightedSum], dict[str, WeightedSum]]
+Statistics = Tree  # what layers counted, for `Model.after_update`
 
 
-def compute_sums(model: Any, params: Tree, batch: Batch, key: jax.Array | None, config: LossConfig) -> Sums:
-    """Runs the model on a batch and returns the token losses, the model's own losses and its metrics.
+def compute_sums(
+    model: Any, params: Tree, batch: Batch, key: jax.Array | None, config: LossConfig
+) -> tuple[Sums, Statistics]:
+    """Runs the model on a batch and returns the token losses, the model's own losses and metrics; and its statistics.
 
     Args:
       model: a built model.
@@ -36,7 +39,7 @@ def compute_sums(model: Any, params: Tree, batch: Batch, key: jax.Array | None, 
     tokens = chunked_cross_entropy(
         lambda hidden_BTD: model.logits(params, hidden_BTD), output.hidden, batch.targets, batch.weights, config
     )
-    return tokens, output.losses, output.metrics
+    return (tokens, output.losses, output.metrics), output.statistics
 
 
 def _mean(pair: WeightedSum) -> jax.Array:
@@ -52,8 +55,8 @@ def split_microbatches(batch: Batch, num: int) -> Batch:
     return jax.tree.map(split, batch)
 
 
-def gradients(model: Any, params: Tree, batch: Batch, key: jax.Array, config: Experiment) -> tuple[Tree, Sums]:
-    """Returns the gradient of the batch's mean loss, and the sums behind it.
+def gradients(model: Any, params: Tree, batch: Batch, key: jax.Array, config: Experiment) -> Any:
+    """Returns the gradient of the batch's mean loss, and (the sums behind it, the model's statistics).
 
     Microbatches run one after another; each one's token loss is divided by the weight of the whole
     batch, each one's other losses are averaged over microbatches.
@@ -61,13 +64,13 @@ def gradients(model: Any, params: Tree, batch: Batch, key: jax.Array, config: Ex
     num = config.num_microbatches
     total_weight = jnp.maximum(jnp.sum(batch.weights), 1e-9)
 
-    def loss(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Sums]:
-        sums = compute_sums(model, params, batch, key, config.loss)
+    def loss(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
+        sums, statistics = compute_sums(model, params, batch, key, config.loss)
         tokens, losses, _ = sums
         value = tokens.loss / total_weight
         for pair in losses.values():
             value = value + _mean(pair) / num
-        return value, sums
+        return value, (sums, statistics)
 
     grad = jax.grad(loss, has_aux=True)
     if num == 1:
@@ -130,12 +133,12 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        grads, sums = gradients(model, state.params, batch, key, config)
+        grads, (sums, statistics) = gradients(model, state.params, batch, key, config)
         norm = optax.tree.norm(grads)
         metrics = describe(sums, batch_counts(batch, jnp.asarray(token_bytes)))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = model.after_update(state.params, optax.apply_updates(state.params, updates), statistics)
         average = None if averaging is None else averaging.update(state.average, params, state.step)
 
         def keep(new: Tree, old: Tree) -> Tree:
@@ -174,7 +177,7 @@ def make_evaluation_step(
     plain = LossConfig(chunk=config.chunk)
 
     def step(params: Tree, batch: Batch) -> tuple[Sums, Metrics]:
-        sums = compute_sums(model, params, batch, None, plain)
+        sums, _ = compute_sums(model, params, batch, None, plain)
         counted = (batch.weights > 0).astype(jnp.int32)
         histogram = jnp.zeros(len(token_bytes), jnp.int32).at[batch.targets].add(counted)
         return sums, batch_counts(batch, jnp.asarray(token_bytes)) | {"targets": histogram}

@@ -42,3 +42,15 @@ class Copy:
 
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Two positions that say the epoch and the index of the document."""
+
+    def examples(self, document: Document, context: Context) -> list[Example]:
+        place = np.asarray([context.epoch, context.index])
+        return [Example(place, place, np.ones(2, np.float32))]
+
+    def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
+        return []

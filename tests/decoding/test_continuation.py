@@ -6,9 +6,9 @@ import functools
 import jax
 import numpy as np
 import pytest
-from lm.data.tokenizers import ByteTokenizer
 
 from lm import models, parallel
+from lm.data.tokenizers import ByteTokenizer
 from lm.decoding import (
     Decoder,
     DecodingError,

@@ -10,7 +10,15 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # What depends on the clock and may differ between runs.
-TIMES = ("tokens_per_second", "seconds_per_step", "data_wait_fraction", "model_flops_per_second")
+TIMES = (
+    "tokens_per_second",
+    "seconds_per_step",
+    "data_wait_fraction",
+    "model_flops_per_second",
+    "data_tokens_per_second",
+    # Counted since the start of the process.
+    "padding_fraction",
+)
 
 
 def write_corpus(folder: pathlib.Path, num_documents: int = 60) -> str:

@@ -15,7 +15,9 @@ pytestmark = pytest.mark.system
 def _arrays(workdir, step):
     folder = workdir / "checkpoints" / str(step)
     with ocp.StandardCheckpointer() as reader:
-        return {item: reader.restore(folder / item) for item in ("params", "state")}
+        items = {item: reader.restore(folder / item) for item in ("params", "state")}
+    items["state"]["key"] = jax.random.key_data(items["state"]["key"])
+    return items
 
 
 def test_killed_twice_and_stopped_once_equals_unbroken(tmp_path):

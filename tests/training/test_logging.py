@@ -1,0 +1,61 @@
+"""The history of a run: a resumed run's file is that of an unbroken one; event files can be read."""
+
+import json
+import math
+
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from lm.experiment import LoggingConfig
+from lm.training.logging import MetricsWriter, Progress, read_metrics
+
+
+def _write(workdir, first, steps, config=None):
+    writer = MetricsWriter(workdir, config or LoggingConfig(tensorboard=False), first)
+    for step in steps:
+        writer.write(step, "train", {"loss": 1.0 / step}, data_order=f"{step:x}")
+    writer.close()
+
+
+def test_lines_after_the_restored_step_are_taken_back(tmp_path):
+    _write(tmp_path, 0, range(1, 8))
+    _write(tmp_path, 4, range(5, 10))
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 10))
+
+
+def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
+    _write(tmp_path, 0, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "spl')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    _write(tmp_path, 3, [4])
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_what_is_not_finite_stays_json(tmp_path):
+    writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False), 0)
+    writer.write(1, "train", {"loss": math.nan, "gradient_norm": math.inf})
+    writer.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: 1 / 0)
+    assert (line["loss"], line["gradient_norm"]) == ("nan", "inf")
+
+
+def test_event_files_hold_the_same_figures(tmp_path):
+    _write(tmp_path, 0, [1, 2], LoggingConfig(tensorboard=True))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    found = {
+        (event.step, value.tag): value.tensor.float_val[0] if value.HasField("tensor") else value.simple_value
+        for event in EventFileLoader(str(file)).Load()
+        for value in event.summary.value
+    }
+    assert found == {(1, "train/loss"): 1.0, (2, "train/loss"): 0.5}
+
+
+def test_progress_lines(capsys):
+    progress = Progress(LoggingConfig(progress="lines"), 0, 2)
+    progress.update(1, 5.0, math.nan)
+    progress.update(2, 4.0, 1234.0)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert "step 1/2  loss 5.0000" in lines[0]
+    assert "nan" not in lines[0]
+    assert "step 2/2  loss 4.0000  1,234 tokens/s  00:00:00 left" in lines[-1]

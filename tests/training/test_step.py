@@ -1,0 +1,167 @@
+"""The train step: microbatches are one batch, bad numbers change nothing, counts are counts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.batch import WeightedSum
+from lm.experiment import LossConfig
+from lm.models import Output
+from lm.optim import Average, OptimizerConfig, build_optimizer
+from lm.training.state import init_state
+from lm.training.step import compute_sums, gradients, make_evaluation_step, make_train_step
+from tests.training.experiments import TOKENIZER, one_device, random_batch, tiny
+
+
+def _parts(config):
+    model = config.model.build()
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return model, build_optimizer(config.optimizer, config.num_steps, params, model.axes())
+
+
+def _state(config):
+    model, optimizer = _parts(config)
+    make = jax.jit(lambda: init_state(model, optimizer, jnp.asarray(0), config.optimizer.average))
+    return model, optimizer, make()
+
+
+@pytest.mark.parametrize("num", [2, 4])
+def test_microbatches_are_one_batch(num):
+    config = tiny(loss=LossConfig(z_loss=1e-3))
+    model = config.model.build()
+    batch, key = random_batch(), jax.random.key(0)
+    with one_device():
+        params = jax.jit(model.init)(key)
+        whole, sums = jax.jit(lambda p, b: gradients(model, p, b, key, config))(params, batch)
+        pieces = dataclasses.replace(config, num_microbatches=num)
+        parts, part_sums = jax.jit(lambda p, b: gradients(model, p, b, key, pieces))(params, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), whole, parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, part_sums)
+
+
+class _Fixed:
+    """A model whose loss at each position is the input there, and whose parameter scales it."""
+
+    def apply(self, params, batch, *, key, with_logits):
+        # Two logits whose cross-entropy at target 0 is the wanted one.
+        loss = batch.inputs.astype(jnp.float32) * params["scale"]
+        hidden = jnp.stack([jnp.zeros_like(loss), jnp.log(jnp.expm1(loss))], -1)
+        return Output(hidden, None, {}, {}, None)
+
+    def logits(self, params, hidden):
+        return hidden
+
+
+def test_normalisation_known_answer():
+    """facts/objectives 1.4: microbatches with sums 6 (3 tokens) and 4 (1 token): 2.5, not 3 and not 6."""
+    batch = jax.tree.map(lambda x: x[:2, :4], random_batch())
+    # split_microbatches gives row r to microbatch r % num.
+    batch = batch._replace(
+        inputs=np.array([[1, 2, 3, 9], [4, 9, 9, 9]], np.int32),
+        targets=np.zeros((2, 4), np.int32),
+        weights=np.array([[1, 1, 1, 0], [1, 0, 0, 0]], np.float32),
+    )
+    config = tiny(batch_size=2, num_microbatches=2)
+    params = {"scale": jnp.ones(())}
+    grads, (tokens, _, _) = gradients(_Fixed(), params, batch, jax.random.key(0), config)
+    np.testing.assert_allclose(tokens.loss / tokens.weight, 2.5, rtol=1e-6)
+    np.testing.assert_allclose(grads["scale"], 2.5, rtol=1e-6)
+
+
+class _WithRouter(_Fixed):
+    """Adds a loss of its own, as routers do."""
+
+    def apply(self, params, batch, *, key, with_logits):
+        output = super().apply(params, batch, key=key, with_logits=with_logits)
+        return output._replace(losses={"balance": WeightedSum(8.0 * params["scale"], jnp.asarray(4.0))})
+
+
+def test_losses_of_the_model_are_added_once():
+    batch = random_batch()
+    batch = batch._replace(inputs=batch.inputs % 7 + 1, targets=np.zeros((4, 16), np.int32))
+    for num in (1, 2):
+        config = tiny(num_microbatches=num)
+        with_router, _ = gradients(_WithRouter(), {"scale": jnp.ones(())}, batch, jax.random.key(0), config)
+        without, _ = gradients(_Fixed(), {"scale": jnp.ones(())}, batch, jax.random.key(0), config)
+        np.testing.assert_allclose(with_router["scale"] - without["scale"], 2.0, rtol=1e-4)
+
+
+def test_step_trains_and_averages():
+    config = tiny(optimizer=dataclasses.replace(tiny().optimizer, average=Average(decay=0.5, warmup=False)))
+    with one_device():
+        model, optimizer, state = _state(config)
+        step = jax.jit(make_train_step(config, model, optimizer, TOKENIZER.token_bytes))
+        batch = random_batch()
+        losses = []
+        for _ in range(8):
+            before = state
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            expected = jax.tree.map(lambda a, p: 0.5 * a + 0.5 * p, before.average, state.params)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), expected, state.average)
+    assert losses[-1] < losses[0] - 0.5
+    assert int(state.step) == 8
+    # Bits per byte of a byte tokenizer: nats per token / ln 2, since every target is a byte.
+    np.testing.assert_allclose(metrics["bits_per_byte"], metrics["nll"] / np.log(2), rtol=1e-5)
+
+
+def test_bad_numbers_change_nothing_but_the_counter():
+    config = tiny()
+    with one_device():
+        model, optimizer, state = _state(config)
+        params = state.params
+        broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
+        step = jax.jit(make_train_step(config, model, optimizer, TOKENIZER.token_bytes))
+        bad = state._replace(params=broken)
+        new, metrics = step(bad, random_batch())
+        assert metrics["skipped"] == 1.0
+        jax.tree.map(np.testing.assert_array_equal, new.params, broken)
+        jax.tree.map(np.testing.assert_array_equal, new.opt_state, state.opt_state)
+        assert int(new.step) == 1
+        _, metrics = step(state, random_batch())
+        assert metrics["skipped"] == 0.0
+
+
+def test_chunked_loss_gives_the_same_step():
+    with one_device():
+        results = []
+        for chunk in (None, 5):
+            config = tiny(loss=LossConfig(chunk=chunk, z_loss=1e-4))
+            model, optimizer, state = _state(config)
+            step = jax.jit(make_train_step(config, model, optimizer, TOKENIZER.token_bytes))
+            results.append(step(state, random_batch())[1])
+    for name in ("loss", "gradient_norm", "accuracy"):
+        np.testing.assert_allclose(results[0][name], results[1][name], rtol=1e-5)
+
+
+def test_evaluation_counts_every_target():
+    config = tiny()
+    model = config.model.build()
+    batch = random_batch()
+    with one_device():
+        params = jax.jit(model.init)(jax.random.key(0))
+        (tokens, _, _), counts = jax.jit(make_evaluation_step(config.loss, model, TOKENIZER.token_bytes))(params, batch)
+        expected, _, _ = compute_sums(model, params, batch, None, LossConfig())
+    counted = batch.weights > 0
+    np.testing.assert_array_equal(counts["targets"], np.bincount(batch.targets[counted], minlength=TOKENIZER.size))
+    assert counts["loss_tokens"] == counted.sum()
+    assert counts["seen_tokens"] == (batch.segment_ids > 0).sum()
+    np.testing.assert_allclose(tokens.nll, expected.nll, rtol=1e-6)
+
+
+def test_dropout_depends_on_the_step_and_on_nothing_else():
+    config = tiny(
+        model=dataclasses.replace(tiny().model, dropout_rate=0.3), optimizer=OptimizerConfig(learning_rate=0.0)
+    )
+    with one_device():
+        model, optimizer, state = _state(config)
+        step = jax.jit(make_train_step(config, model, optimizer, TOKENIZER.token_bytes))
+        batch = random_batch()
+        second, first = step(state, batch)
+        _, again = step(state, batch)
+        _, other = step(second, batch)
+    assert first["loss"] == again["loss"]
+    assert first["loss"] != other["loss"]
