@@ -10,10 +10,10 @@ from lm.models.electra import Electra as Electra
 from lm.models.encdec import EncoderDecoder as EncoderDecoder
 from lm.models.encoder import Encoder as Encoder
 from lm.models.heads import HeadTransform as HeadTransform
+from lm.models.initializers import FanInInitializer as FanInInitializer
+from lm.models.initializers import NormalInitializer as NormalInitializer
 from lm.models.latent import Latent as Latent
-from lm.models.layers import FanInInitializer as FanInInitializer
 from lm.models.layers import LayerNorm as LayerNorm
-from lm.models.layers import NormalInitializer as NormalInitializer
 from lm.models.layers import Parameter as Parameter
 from lm.models.layers import RMSNorm as RMSNorm
 from lm.models.mlp import Mlp as Mlp

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.batch import Batch, WeightedSum
-from lm.models.layers import Constant, Einsum, Norm, Table, declare, match_rank, soft_cap
+from lm.models.initializers import Constant
+from lm.models.layers import Einsum, Norm, Table, declare, match_rank, soft_cap
 from lm.models.mlp import ACTIVATIONS, Activation
 from lm.parallel import constrain
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.attention import Chunked, Layout, Plain, RelativeVectors, Scoring, Side
-from lm.models.layers import Constant, Einsum, Norm, declare, fold
+from lm.models.initializers import Constant
+from lm.models.layers import Einsum, Norm, declare, fold
 from lm.parallel import constrain
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from lm.document import Layout as ExampleLayout
 from lm.models import accounting
 from lm.models.block import PLACEMENTS
 from lm.models.heads import HeadTransform
+from lm.models.initializers import FanInInitializer, NormalInitializer
 from lm.models.latent import Latent
-from lm.models.layers import FanInInitializer, LayerNorm, NormalInitializer, RMSNorm
+from lm.models.layers import LayerNorm, RMSNorm
 from lm.models.mlp import Activation, Mlp
 from lm.models.moe import MixtureOfExperts
 from lm.models.multihead import MultiHead
@@ -294,8 +295,8 @@ class Transformer:
         problems = list(self.positions.problems(rotated))
         if not self.layers:
             problems.append("config.model.layers: the repeating pattern needs at least one layer")
-        if isinstance(self.positions, Sinusoidal) and self.model_dim % 2:
-            problems.append(f"config.model.model_dim: {self.model_dim} must be even for sinusoidal positions")
+        if isinstance(self.positions, Sinusoidal) and self.embedding_width % 2:
+            problems.append(f"config.model.model_dim: {self.embedding_width} must be even for sinusoidal positions")
         for layer in (*self.first_layers, *self.layers):
             if layer.window is not None and layer.window < 1:
                 problems.append(f"config.model.layers.window: {layer.window} is neither None nor a positive number")
