@@ -49,7 +49,7 @@ class _Fixed:
         # Two logits whose cross-entropy at target 0 is the wanted one.
         loss = batch.inputs.astype(jnp.float32) * params["scale"]
         hidden = jnp.stack([jnp.zeros_like(loss), jnp.log(jnp.expm1(loss))], -1)
-        return Output(hidden, None, {}, {}, None)
+        return Output(hidden, None, {}, {}, None, {})
 
     def logits(self, params, hidden):
         return hidden
@@ -66,7 +66,7 @@ def test_normalisation_known_answer():
     )
     config = tiny(batch_size=2, num_microbatches=2)
     params = {"scale": jnp.ones(())}
-    grads, (tokens, _, _) = gradients(_Fixed(), params, batch, jax.random.key(0), config)
+    grads, ((tokens, _, _), _) = gradients(_Fixed(), params, batch, jax.random.key(0), config)
     np.testing.assert_allclose(tokens.loss / tokens.weight, 2.5, rtol=1e-6)
     np.testing.assert_allclose(grads["scale"], 2.5, rtol=1e-6)
 
@@ -144,7 +144,7 @@ def test_evaluation_counts_every_target():
     with one_device():
         params = jax.jit(model.init)(jax.random.key(0))
         (tokens, _, _), counts = jax.jit(make_evaluation_step(config.loss, model, TOKENIZER.token_bytes))(params, batch)
-        expected, _, _ = compute_sums(model, params, batch, None, LossConfig())
+        (expected, _, _), _ = compute_sums(model, params, batch, None, LossConfig())
     counted = batch.weights > 0
     np.testing.assert_array_equal(counts["targets"], np.bincount(batch.targets[counted], minlength=TOKENIZER.size))
     assert counts["loss_tokens"] == counted.sum()
