@@ -18,6 +18,8 @@ from lm.batch import SpecialTokens
 from lm.interop.albert import ALBERT
 from lm.interop.bart import BART
 from lm.interop.bert import BERT, ROBERTA
+from lm.interop.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from lm.interop.experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from lm.interop.family import Config, Entry, Family, Fields, expand
 from lm.interop.gemma import GEMMA, GEMMA2, GEMMA3
 from lm.interop.gpt2 import GPT2
@@ -33,6 +35,7 @@ from lm.models.transformer import Transformer
 # Where several can express a config, the first writes it.
 FAMILIES: tuple[Family, ...] = (
     *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3),
     *(BERT, ROBERTA, ALBERT, MODERNBERT, T5, BART),
 )
 
@@ -160,7 +163,7 @@ def _match(family: Family, folder: pathlib.Path, entries: list[Entry], tensors: 
         raise InteropError(f"{folder} holds {_listed(extra)}, which its {CONFIG} has no place for")
     names = {name: there[found] for name, found in names.items()}
     for entry in entries:
-        expected, found = entry.layout.their_shape(entry.shapes), tensors.shape(names[entry.name])
+        expected, found = entry.their_shape(), tensors.shape(names[entry.name])
         if expected != found:
             wrong = f"the tensor {names[entry.name]} has shape {list(found)}"
             raise InteropError(f"{folder}: {wrong}, but {CONFIG} asks for {list(expected)}")
@@ -182,7 +185,7 @@ def _listed(names: list[str]) -> str:
 
 def _fill(leaves: dict[str, np.ndarray], entry: Entry, name: str, tensors: Tensors, folder: pathlib.Path) -> None:
     try:
-        parts = entry.layout.split(tensors.read(name), entry.shapes)
+        parts = entry.split(tensors.read(name))
     except LayoutError as error:
         raise InteropError(f"{folder}: the tensor {name} {error}") from error
     for (path, index), part in zip(entry.parts, parts, strict=True):
@@ -227,12 +230,12 @@ def save(
 
     def make(name: str) -> np.ndarray:
         entry = by_name[name]
-        return entry.layout.merge([np.asarray(jax.device_get(leaves[path][index])) for path, index in entry.parts])
+        return entry.merge([np.asarray(jax.device_get(leaves[path][index])) for path, index in entry.parts])
 
     with new_folder(pathlib.Path(folder)) as partial:
         text = json.dumps({**_header(family, specials, dtype), **fields}, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
-        shapes = {name: entry.layout.their_shape(entry.shapes) for name, entry in by_name.items()}
+        shapes = {name: entry.their_shape() for name, entry in by_name.items()}
         write_tensors(partial, shapes, make, dtype, shard_bytes)
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, partial)
