@@ -121,7 +121,7 @@ def too_few_ids(vocab_size: int, needed: int) -> str:
 
 
 # The class of model that reads examples of each layout, for sentences that name a remedy.
-MODELS: dict[Layout, type] = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+MODELS: dict[Layout, str] = {"decoder": "Decoder", "encoder": "Encoder", "encoder_decoder": "EncoderDecoder"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,8 @@ class Experiment:
         objective, model = self._names
         layouts, found = self.objective.traits.layouts, []
         if self.model.layout not in layouts and layouts:
-            able = " or ".join(sorted(MODELS[layout].__name__ for layout in layouts))
+            able = ["Electra"] if self.objective.traits.needs_generator else [MODELS[layout] for layout in layouts]
+            able = " or ".join(sorted(able))
             found.append(f"{objective} makes examples that {model} cannot read: use --config.model={able}")
         two_stacks = self.model.layout == "encoder_decoder"
         if two_stacks and self.data.encoder_length is None:
@@ -258,6 +259,8 @@ class Experiment:
             )
         if self.model.num_block_positions and "block_positions" not in traits.fields:
             found.append(f"{objective} has no blanks for model.num_block_positions to count in: set it to 0")
+        if self.model.layout not in traits.layouts:
+            return found
         if traits.needs_generator and not self.model.judges_replacements:
             found.append(f"{objective} needs a generator, {model} has none: use --config.model=Electra")
         if self.model.judges_replacements and not traits.originals:

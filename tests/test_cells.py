@@ -94,9 +94,9 @@ def test_a_valid_cell_trains(name, corpus):
     assert abs(float(before["nll"]) - math.log(run.model.vocab_size)) < 0.1
     if run.model.num_classes:
         assert abs(float(before["loss/labels"]) - math.log(2)) < 0.05
-    if run.model.generator_settings is not None:
+    if run.model.judges_replacements:
         # Half a bit of doubt at every token, fifty times: ELECTRA's 50 ln 2.
-        assert abs(float(before["loss/detection"]) - 50 * math.log(2)) < 1.0
+        assert abs(float(before["loss/discriminator"]) - 50 * math.log(2)) < 1.0
     counted = batch.weights > 0
     assert float(before["loss_tokens"]) == counted.sum()
     seen = (batch.segment_ids > 0).sum()

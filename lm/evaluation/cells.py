@@ -14,12 +14,16 @@ from lm.experiment import Experiment
 from lm.models import (
     Alibi,
     Bucketed,
+    Capacity,
     Chunked,
     Decoder,
+    Dropless,
     Electra,
     Encoder,
     EncoderDecoder,
+    Latent,
     Learned,
+    MixtureOfExperts,
     NoPositions,
     Plain,
     Relative,
@@ -134,6 +138,14 @@ def vary(run: Experiment) -> dict[str, Experiment]:
     schemes = (NoPositions(), Learned(), Sinusoidal(), Rotary(), Relative(), Bucketed(), Alibi())
     runs = {f"positions {type(scheme).__name__}": _with_model(run, positions=scheme) for scheme in schemes}
     runs |= {f"kernel {type(kernel).__name__}": _with_attention(run, kernel=kernel) for kernel in (Plain(), Chunked())}
+    experts = MixtureOfExperts(num_experts=2, num_selected=1)
+    dispatches = (Capacity(), Dropless())
+    runs |= {
+        f"experts, {type(dispatch).__name__}": _with_model(run, mlp=dataclasses.replace(experts, dispatch=dispatch))
+        for dispatch in dispatches
+    }
+    latent = Latent(query_rank=None, kv_rank=8, nope_dim=4, rotary_dim=4, value_dim=8)
+    runs["latent attention"] = _with_model(run, attention=latent)
     for packing in (True, False):
         data = dataclasses.replace(run.data, packing=packing)
         runs["packed" if packing else "one example a row"] = dataclasses.replace(run, data=data)
@@ -156,6 +168,9 @@ def write_table() -> str:
 
     def show(run: Experiment) -> str:
         found = [problem.removeprefix("config.") for problem in run.problems()]
+        for section in ("objective", "model"):
+            name = type(getattr(run, section)).__name__
+            found = [problem.replace(f"{section} {name} ", f"the {section} ") for problem in found]
         return " ".join(f"[{reasons.setdefault(reason, len(reasons) + 1)}]" for reason in found) or "yes"
 
     lines = [

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from lm.batch import WeightedSum
 from lm.config import UserError
 from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
@@ -26,7 +27,7 @@ from lm.training.checkpoints import Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
 from lm.training.meter import Meter
 from lm.training.state import TrainState, Tree, place
-from lm.training.step import make_train_step
+from lm.training.step import TrainMetrics, make_train_step
 from lm.training.workdir import locked, open_workdir, write_record
 
 # sysexits.h EX_TEMPFAIL: saved, not finished, to be started again.
@@ -76,7 +77,7 @@ def _stop_requested() -> Iterator[threading.Event]:
 
 
 # (step, its metrics still on the devices, hash of the data read up to it)
-Finished = tuple[int, dict[str, jax.Array], str]
+Finished = tuple[int, TrainMetrics, str]
 
 
 class TrainLoop:
@@ -196,7 +197,7 @@ class TrainLoop:
         if finished is None:
             return
         step, metrics, order = finished
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = _means(jax.device_get(metrics))
         self.counters.seen_tokens += int(values["seen_tokens"])
         self.counters.skipped_steps += int(values["skipped"])
         self._meter.stepped(values["seen_tokens"])
@@ -204,6 +205,8 @@ class TrainLoop:
         if step % self.config.logging.every == 0 or step in (1, self.config.num_steps):
             data = self.batches.statistics()
             values["total_tokens"] = self.counters.seen_tokens
+            values["flops"] = self._meter.step_flops
+            values["total_flops"] = self._meter.step_flops * step
             values["skipped_steps"] = self.counters.skipped_steps
             speed = self._meter.read()
             if speed:
@@ -233,6 +236,17 @@ class TrainLoop:
         data = {"batches": self.batches.get_state(), "counters": dataclasses.asdict(self.counters)}
         figures = self._held_out[1] if self._held_out[0] == self.step else None
         self.checkpoints.save(state, data, figures or None)
+
+
+def _means(metrics: TrainMetrics) -> dict[str, float]:
+    """Returns plain figures; a mean over nothing is left out."""
+    found = {}
+    for name, value in metrics.items():
+        if not isinstance(value, WeightedSum):
+            found[name] = float(value)
+        elif value.weight > 0:
+            found[name] = float(value.sum) / float(value.weight)
+    return found
 
 
 def _chain(before: str, digest: str) -> str:

@@ -22,12 +22,14 @@ class TokenLosses(NamedTuple):
       nll: sum of weight * negative log-likelihood in nats, without smoothing and z-loss.
       correct: sum of weight where the most likely token is the target.
       weight: sum of the weights.
+      parts: nll and weight of each component of a mixture, a pair of f32[C]; C is 0 where components are not told.
     """
 
     loss: jax.Array
     nll: jax.Array
     correct: jax.Array
     weight: jax.Array
+    parts: WeightedSum
 
     def mean_loss(self) -> WeightedSum:
         """The minimised loss as a pair."""
@@ -75,8 +77,28 @@ def _reduce_backward(saved: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.
 reduce_vocabulary.defvjp(_reduce_forward, _reduce_backward)
 
 
+class Components(NamedTuple):
+    """Which component of a mixture of objectives made each position.
+
+    Attributes:
+      ids: i32[B, T], below `count`.
+      count: number of components.
+    """
+
+    ids: jax.Array
+    count: int
+
+    def split(self, values_BT: jax.Array) -> jax.Array:
+        """Returns f32[count], the sum of f32[B, T] over the positions of each component."""
+        return jnp.zeros((self.count,), jnp.float32).at[self.ids].add(values_BT)
+
+
 def cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: LossConfig
+    logits_BTV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    config: LossConfig,
+    components: Components | None = None,
 ) -> TokenLosses:
     """Sums the loss of `targets` under `logits` in float32.
 
@@ -89,6 +111,7 @@ def cross_entropy(
       targets_BT: i32[B, T], ids below V.
       weights_BT: f32[B, T].
       config: smoothing and z-loss.
+      components: of a mixture, to be told apart; or None.
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     size = logits_BTV.shape[-1]
@@ -109,7 +132,16 @@ def cross_entropy(
         nll=jnp.sum(nll_BT * weights_BT),
         correct=jnp.sum(correct_BT * weights_BT),
         weight=jnp.sum(weights_BT),
+        parts=_parts(nll_BT, weights_BT, components),
     )
+
+
+def _parts(nll_BT: jax.Array, weights_BT: jax.Array, components: Components | None) -> WeightedSum:
+    if components is None:
+        return WeightedSum(jnp.zeros((0,)), jnp.zeros((0,)))
+    # Only looked at: no gradient is to pay for it.
+    nll_BT = jax.lax.stop_gradient(nll_BT)
+    return WeightedSum(components.split(nll_BT * weights_BT), components.split(weights_BT))
 
 
 def chunked_cross_entropy(
@@ -118,6 +150,7 @@ def chunked_cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     config: LossConfig,
+    components: Components | None = None,
 ) -> TokenLosses:
     """Sums the loss without ever holding the logits of more than `config.chunk` positions per row.
 
@@ -129,11 +162,14 @@ def chunked_cross_entropy(
       targets_BT: i32[B, T].
       weights_BT: f32[B, T].
       config: its `chunk` may be None: everything at once.
+      components: of a mixture, to be told apart; or None.
     """
     length = hidden_BTD.shape[1]
     chunk = config.chunk
     if chunk is None or chunk >= length:
-        return cross_entropy(logits_of(hidden_BTD), targets_BT, weights_BT, config)
+        return cross_entropy(logits_of(hidden_BTD), targets_BT, weights_BT, config, components)
+    count = 0 if components is None else components.count
+    ids_BT = jnp.zeros_like(targets_BT) if components is None else components.ids
     padding = -length % chunk
 
     def split(x: jax.Array) -> jax.Array:
@@ -141,11 +177,12 @@ def chunked_cross_entropy(
         return jnp.moveaxis(padded.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def body(total: TokenLosses, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[TokenLosses, None]:
-        hidden_BtD, targets_Bt, weights_Bt = piece
-        part = cross_entropy(logits_of(hidden_BtD), targets_Bt, weights_Bt, config)
+    def body(total: TokenLosses, piece: tuple[jax.Array, ...]) -> tuple[TokenLosses, None]:
+        hidden_BtD, targets_Bt, weights_Bt, ids_Bt = piece
+        told = None if components is None else Components(ids_Bt, count)
+        part = cross_entropy(logits_of(hidden_BtD), targets_Bt, weights_Bt, config, told)
         return jax.tree.map(jnp.add, total, part), None
 
-    zero = TokenLosses(*(jnp.zeros((), jnp.float32),) * 4)
-    total, _ = jax.lax.scan(body, zero, (split(hidden_BTD), split(targets_BT), split(weights_BT)))
+    zero = TokenLosses(*(jnp.zeros((), jnp.float32),) * 4, WeightedSum(*(jnp.zeros((count,), jnp.float32),) * 2))
+    total, _ = jax.lax.scan(body, zero, (split(hidden_BTD), split(targets_BT), split(weights_BT), split(ids_BT)))
     return total

@@ -23,7 +23,7 @@ class Meter:
 
     def __init__(self, config: Experiment, assembly: Assembly) -> None:
         """Starts measuring a run on the devices of its mesh."""
-        self._step_flops = step_flops(config)
+        self.step_flops = step_flops(config)
         device = assembly.mesh.devices.flat[0]
         peak = peak_flops(device)
         self._peak = None if peak is None else peak * assembly.mesh.size
@@ -62,7 +62,7 @@ class Meter:
         seconds = max(time.perf_counter() - self._start, 1e-9)
         self._all_tokens += self._tokens
         self._all_seconds += seconds
-        flops = self._step_flops * self._steps / seconds
+        flops = self.step_flops * self._steps / seconds
         figures = {
             "tokens_per_second": self._tokens / seconds,
             "seconds_per_step": seconds / self._steps,
