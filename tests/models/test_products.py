@@ -76,10 +76,10 @@ def test_the_gradient_of_a_weight_multiplies_bfloat16_operands():
     """Were the copy folded back into the product, XLA:CPU would convert both operands to float32 first."""
     x, w = jnp.ones((64, 32), jnp.bfloat16), jnp.ones((32, 48), jnp.float32)
 
-    def loss(w):
+    def loss(w, x):
         return jnp.sum(jnp.square(contract("TD,DF->TF", x, w, jnp.dtype("bfloat16"))))
 
-    text = jax.jit(jax.grad(loss)).lower(w).compile().as_text()
+    text = jax.jit(jax.grad(loss)).lower(w, x).compile().as_text()
     shapes = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
     products = re.findall(r" dot\(%([\w.\-]+), %([\w.\-]+)\)", text)
     assert products
