@@ -52,8 +52,10 @@ def main(_: list[str]) -> int:
     decoder = build_decoder(run.model, run.tokenizer, run.experiment.objective.traits, sampling, most)
     with run.assembly.placed():
         if len(prompts) == 1:
-            print(prompts[0], end="", flush=True)
-            for piece in stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value):
+            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value)
+            # The first piece is made before anything is printed: a prompt that is too long is refused there.
+            print(prompts[0] + next(pieces), end="", flush=True)
+            for piece in pieces:
                 print(piece, end="", flush=True)
             print()
             return 0
