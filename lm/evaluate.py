@@ -1,7 +1,7 @@
 """Evaluates a trained run on held-out text: python -m lm.evaluate --workdir=runs/quickstart
 
-Scores every token of the split exactly once and prints loss, perplexity and bits per byte, beside the
-unigram entropy of the same tokens. --data scores other files instead.
+Prints loss and perplexity of the run's own objective, and bits per byte by the yardstick that all runs share
+(lm/evaluation/yardstick.py), every token exactly once, beside the unigram entropy. --data scores other files.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ def main(_: list[str]) -> int:
     if _WORKDIR.value is None:
         raise ConfigError("give --workdir=FOLDER of a trained run")
     from lm.evaluation.heldout import make_evaluate
+    from lm.evaluation.yardstick import choose_yardstick
     from lm.training.assembly import load_run
 
     run = load_run(_WORKDIR.value, _STEP.value)
@@ -42,7 +43,8 @@ def main(_: list[str]) -> int:
     print(f"  loss             {figures['nll']:.4f} nats/token")
     print(f"  perplexity       {figures['perplexity']:.2f}")
     print(f"  accuracy         {figures['accuracy']:.2%}")
-    print(f"  bits per byte    {figures['bits_per_byte']:.4f}")
+    scored = choose_yardstick(run.experiment.objective, run.experiment.model.layout).words
+    print(f"  bits per byte    {figures['bits_per_byte']:.4f} ({scored})")
     print(f"  unigram entropy  {figures['unigram_bits_per_byte']:.4f} bits per byte of the same tokens")
     return 0
 

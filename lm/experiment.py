@@ -11,7 +11,7 @@ from typing import Literal
 from lm.config import ConfigError
 from lm.data import DataConfig
 from lm.document import Layout
-from lm.models import Decoder, Encoder, EncoderDecoder
+from lm.models import Decoder, Electra, Encoder, EncoderDecoder
 from lm.objectives import AnyObjective, Causal
 from lm.optim import OptimizerConfig
 from lm.parallel import MeshConfig
@@ -121,7 +121,7 @@ def too_few_ids(vocab_size: int, needed: int) -> str:
 
 
 # The class of model that reads examples of each layout, for sentences that name a remedy.
-MODELS: dict[Layout, type] = {"decoder": Decoder, "encoder": Encoder, "encoder_decoder": EncoderDecoder}
+MODELS: dict[Layout, str] = {"decoder": "Decoder", "encoder": "Encoder", "encoder_decoder": "EncoderDecoder"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ class Experiment:
       compilation_cache: directory of jax's persistent compilation cache; none turns it off.
     """
 
-    model: Decoder | Encoder | EncoderDecoder
+    model: Decoder | Encoder | EncoderDecoder | Electra
     objective: AnyObjective = Causal()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -171,10 +171,24 @@ class Experiment:
         found += self.optimizer.problems(self.num_steps)
         if self.num_microbatches > 0 and self.batch_size % self.num_microbatches:
             found.append(f"num_microbatches {self.num_microbatches} does not divide batch_size {self.batch_size}")
-        found += self.clashes()
+        found += self.clashes() + self._keeping_clashes()
         if self.init_from is not None and not os.path.isdir(self.init_from):
             found.append(f"init_from: no directory {self.init_from}")
         return [line if line.startswith("config") else f"config.{line}" for line in found]
+
+    def _keeping_clashes(self) -> list[str]:
+        """What would leave checkpoint.keep_best nothing to choose by."""
+        every, best = self.evaluation.every, self.checkpoint.keep_best
+        if best < 1:
+            return []
+        if not self.data.validation_fraction:
+            return [f"checkpoint.keep_best {best} chooses by held-out loss, and data.validation_fraction is 0"]
+        if every is None or (every > 0 and self.checkpoint.every % every):
+            return [
+                f"checkpoint.keep_best {best} chooses among checkpoints with a held-out loss: make checkpoint.every "
+                f"{self.checkpoint.every} a multiple of evaluation.every, which is {'none' if every is None else every}"
+            ]
+        return []
 
     def clashes(self) -> list[str]:
         """Returns one sentence for each pair of settings, of the model, the objective or the data, that do not fit.
@@ -198,7 +212,8 @@ class Experiment:
         objective, model = self._names
         layouts, found = self.objective.traits.layouts, []
         if self.model.layout not in layouts and layouts:
-            able = " or ".join(sorted(MODELS[layout].__name__ for layout in layouts))
+            able = ["Electra"] if self.objective.traits.needs_generator else [MODELS[layout] for layout in layouts]
+            able = " or ".join(sorted(able))
             found.append(f"{objective} makes examples that {model} cannot read: use --config.model={able}")
         two_stacks = self.model.layout == "encoder_decoder"
         if two_stacks and self.data.encoder_length is None:
@@ -258,13 +273,17 @@ class Experiment:
             )
         if self.model.num_block_positions and "block_positions" not in traits.fields:
             found.append(f"{objective} has no blanks for model.num_block_positions to count in: set it to 0")
-        if traits.needs_generator and self.model.generator_settings is None:
-            found.append(f"{objective} needs a generator, {model} has none: use an Encoder, model.generator=Generator")
-        if self.model.generator_settings is not None and not traits.originals:
+        if self.model.layout not in traits.layouts:
+            return found
+        if traits.needs_generator and not self.model.judges_replacements:
+            found.append(f"{objective} needs a generator, {model} has none: use --config.model=Electra")
+        if self.model.judges_replacements and not traits.originals:
             found.append(
-                f"model.generator judges every position, and {objective} tells the original tokens at some only: set "
-                "it to none, or use ReplacedTokenDetection"
+                f"{model} judges every position, and {objective} tells the original tokens at some only: use "
+                "--config.objective=ReplacedTokenDetection"
             )
+        if self.model.judges_replacements and traits.num_labels:
+            found.append(f"{objective} labels examples, and {model} has no pooled head: use --config.model=Encoder")
         return found
 
     def validate(self) -> None:

@@ -21,7 +21,10 @@ def main(workdirs: list[str]) -> int:
     known = histories[0].train[-1] if histories[0].train else {}
     if _VALUE.value not in known:
         raise ConfigError(f"--value={_VALUE.value} is not in metrics.jsonl; there are {', '.join(known)}")
-    draw_curves(histories, pathlib.Path(_OUTPUT.value), _VALUE.value)
+    try:
+        draw_curves(histories, pathlib.Path(_OUTPUT.value), _VALUE.value)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output={_OUTPUT.value} cannot be written: {error}") from error
     print(f"wrote {_OUTPUT.value}")
     return 0
 

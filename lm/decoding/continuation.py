@@ -30,6 +30,8 @@ def build_decoder(
         raise DecodingError("this model has no decoder, so it cannot generate; use a Decoder or an EncoderDecoder")
     if not traits.autoregressive:
         raise DecodingError("the run's objective teaches to fill in hidden tokens, not to generate from left to right")
+    if model.config.num_block_positions:
+        raise DecodingError("this model fills blanks by their second positions (GLM), which continuing a text has not")
     eos = vocabulary.specials.eos
     return Decoder(
         model=model,

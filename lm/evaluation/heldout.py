@@ -1,7 +1,8 @@
-"""Held-out loss, perplexity and bits per byte: every token of the split exactly once.
+"""Held-out loss of the run's own objective, and bits per byte by the yardstick that all runs share.
 
-Knows no architecture. Law: the answer does not depend on the batch size or the number of processes,
-because sums, not means, are added, in float64 on the host.
+Knows no architecture; `lm.evaluation.yardstick` says how a text is scored. Law: the answer does not
+depend on the batch size or the number of processes, because sums, not means, are added, in float64 on
+the host, each token's exactly once.
 """
 
 import dataclasses
@@ -13,6 +14,8 @@ import jax
 import numpy as np
 
 from lm.data import Batches, DataConfig, validation_batches
+from lm.document import Objective
+from lm.evaluation.yardstick import choose_yardstick
 from lm.training.assembly import Assembly, row_shards
 from lm.training.loop import Evaluate
 from lm.training.state import Tree
@@ -60,8 +63,15 @@ class HeldOut:
         }
 
 
+# The figures that compare runs of different objectives, and so come from the yardstick.
+SHARED = ("bits_per_byte", "unigram_bits_per_byte", "bytes")
+
+
 def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size: int | None = None) -> Evaluate:
     """Returns a function (params, whole split?) -> figures; see `HeldOut.figures`. Without a split there are none.
+
+    The loss, perplexity, accuracy and tokens are of the run's own objective; what `SHARED` names is of the yardstick,
+    which for a causal model is the same.
 
     Args:
       assembly: the parts of the run.
@@ -75,12 +85,13 @@ def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size
     if data is None and not config.data.validation_fraction:
         return lambda params, whole: {}
     # Opened once before training, so that what is wrong with the split is said at the start.
-    _open(assembly, data, rows).close()
+    _open(assembly, data, config.objective, rows).close()
+    yardstick = choose_yardstick(config.objective, config.model.layout).objective
     step = jax.jit(make_evaluation_step(config.loss, assembly.model, assembly.tokenizer.token_bytes))
 
-    def evaluate(params: Tree, whole: bool) -> dict[str, float]:
+    def score(objective: Objective, params: Tree, whole: bool) -> dict[str, float]:
         total = HeldOut(np.zeros(assembly.tokenizer.size, np.int64))
-        batches = _open(assembly, data, rows)
+        batches = _open(assembly, data, objective, rows)
         try:
             limit = None if whole else config.evaluation.num_batches
             with assembly.placed():
@@ -91,13 +102,20 @@ def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size
             batches.close()
         return total.figures()
 
+    def evaluate(params: Tree, whole: bool) -> dict[str, float]:
+        own = score(config.objective, params, whole)
+        if yardstick == config.objective:
+            return own
+        shared = score(yardstick, params, whole)
+        return own | {name: shared[name] for name in SHARED}
+
     return evaluate
 
 
-def _open(assembly: Assembly, data: DataConfig | None, rows: int) -> Batches:
+def _open(assembly: Assembly, data: DataConfig | None, objective: Objective, rows: int) -> Batches:
     config = assembly.experiment
     place = (jax.process_index(), jax.process_count())
-    return validation_batches(data or config.data, config.objective, assembly.tokenizer, rows, *place)
+    return validation_batches(data or config.data, objective, assembly.tokenizer, rows, *place)
 
 
 def _add(total: HeldOut, result: Any) -> None:

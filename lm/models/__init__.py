@@ -9,7 +9,6 @@ from lm.models.dispatch import Dropless as Dropless
 from lm.models.electra import Electra as Electra
 from lm.models.encdec import EncoderDecoder as EncoderDecoder
 from lm.models.encoder import Encoder as Encoder
-from lm.models.generator import Generator as Generator
 from lm.models.heads import HeadTransform as HeadTransform
 from lm.models.initializers import FanInInitializer as FanInInitializer
 from lm.models.initializers import NormalInitializer as NormalInitializer

@@ -80,11 +80,7 @@ def flops_per_token(config: "Transformer", parameters: Any, length: int, encoder
     """
     both = config.encoder_depth > 0 and config.decoder_depth > 0
     main = "decoder" if config.decoder_depth else "encoder"
-    forward = 2 * matrix_parameters(config, parameters, (f"{main}/", "head/", "classifier/", "detector/"))
-    generator = config.generator_settings
-    if generator is not None:
-        forward += 2 * matrix_parameters(generator, parameters, ("generator/",))
-        forward += attention_flops(generator, generator.encoder_depth, length, causal=False)
+    forward = 2 * matrix_parameters(config, parameters, (f"{main}/", "head/", "classifier/"))
     if config.tied_embeddings:
         forward += 2 * config.vocab_size * config.embedding_width
     depth = config.decoder_depth or config.encoder_depth

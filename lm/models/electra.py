@@ -44,6 +44,11 @@ class Electra(Encoder):
     discriminator_weight: float = 50.0
 
     @property
+    def judges_replacements(self) -> bool:
+        """Whether the model replaces hidden tokens and learns to find them."""
+        return True
+
+    @property
     def discriminator(self) -> Encoder:
         """The encoder that is kept, with one class for each position: replaced."""
         names = [field.name for field in dataclasses.fields(Encoder)]

@@ -34,6 +34,11 @@ class EncoderDecoder(Transformer):
         """Returns one sentence for each reason why these settings cannot work; empty if none."""
         if self.encoder_depth < 1:
             return [f"config.model.num_encoder_layers: {self.encoder_depth} is neither None nor a positive number"]
+        problems = super().problems()
+        if self.parallel_block:
+            problems.append("config.model.parallel_block: cross attention needs sequential blocks; set it to false")
+        if self.num_block_positions:
+            problems.append("config.model.num_block_positions: an encoder's batch has no second positions; set it to 0")
         if self.share_layers and self.encoder_depth != self.decoder_depth:
-            return [*super().problems(), "config.model.share_layers: needs as many encoder layers as decoder layers"]
-        return super().problems()
+            problems.append("config.model.share_layers: needs as many encoder layers as decoder layers")
+        return problems

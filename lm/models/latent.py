@@ -77,7 +77,8 @@ class Latent:
         ]
         if config.encoder_depth and config.decoder_depth:
             problems.append("config.model.attention: latent attention does not read an encoder; use MultiHead")
-        if isinstance(config.positions, Bucketed | Alibi | Relative):
+        schemes = [config.positions, *(layer.positions for layer in (*config.first_layers, *config.layers))]
+        if any(isinstance(scheme, Bucketed | Alibi | Relative) for scheme in schemes):
             problems.append("config.model.positions: latent attention takes no bias by position; use Rotary")
         return problems
 

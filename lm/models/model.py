@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from lm.batch import Batch, WeightedSum
 from lm.models.attention import Side
-from lm.models.generator import detection_sums, replace_tokens
 from lm.models.heads import label_sums
 from lm.models.layers import Parameter
 from lm.models.multihead import Context
@@ -23,8 +22,6 @@ from lm.models.stack import add_sums
 from lm.models.transformer import Transformer
 from lm.parallel import shapes_only
 
-# What the randomness of a generator's draws is for; towers take their own numbers.
-DRAWS = 4
 Parameters = dict[str, Any]
 Cache = dict[str, Any]
 
@@ -39,8 +36,8 @@ class Output(NamedTuple):
         weight and added to the objective's.
       metrics: what is worth logging.
       cache: the cache with this batch appended, or None.
-      statistics: what layers counted for `Model.after_update`, at the paths of the parameters that it is for; empty for
-        most models. Those of microbatches are to be added.
+      statistics: what layers counted for `Model.after_update`, at the paths of the parameters that it is for; None or
+        empty for most models. Those of microbatches are to be added.
     """
 
     hidden: jax.Array
@@ -48,7 +45,7 @@ class Output(NamedTuple):
     losses: dict[str, WeightedSum]
     metrics: dict[str, WeightedSum]
     cache: Cache | None
-    statistics: Parameters
+    statistics: Parameters | None = None
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -125,8 +122,6 @@ class Model:
         Raises:
           RuntimeError: outside `lm.parallel.use(mesh, rules)`.
         """
-        if self.config.generator_settings is not None:
-            return self._replace_and_detect(params, batch, key, with_logits)
         inputs = main_inputs(batch)
         side = inputs.side
         context = Context(side, side, key=key)
@@ -152,7 +147,7 @@ class Model:
         logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
         return Output(hidden_BTD, logits_BTV, losses, metrics, cache, {**encoder_statistics, **statistics})
 
-    def after_update(self, old: Parameters, new: Parameters, statistics: Parameters) -> Parameters:
+    def after_update(self, old: Parameters, new: Parameters, statistics: Parameters | None) -> Parameters:
         """Sets the parameters that no gradient moves, by the rules of their descriptions.
 
         Args:
@@ -173,25 +168,6 @@ class Model:
             return rules[name].update(before, counted[name]) if name in rules else after
 
         return jax.tree_util.tree_map_with_path(choose, old, new)
-
-    def _replace_and_detect(self, params: Parameters, batch: Batch, key: jax.Array | None, with_logits: bool) -> Output:
-        """Runs the generator, whose hidden states and logits are the result, and the detector, whose loss is added."""
-        inputs = main_inputs(batch)
-        (hidden_BTD, losses, metrics), statistics = self._count(params, inputs, key, method=Network.generate)
-        logits_BTV = self.logits(params, hidden_BTD)
-        # Evaluation draws as well, the same in every run.
-        draw_key = jax.random.key(0) if key is None else jax.random.fold_in(key, DRAWS)
-        replaced_BT = replace_tokens(logits_BTV, batch, draw_key)
-        context = Context(inputs.side, inputs.side, key=key)
-        found, more_statistics = self._count(params, inputs._replace(tokens=replaced_BT), context, None)
-        found_BTD, _, more_losses, more_metrics = found
-        loss, accuracy = detection_sums(self._call(params, found_BTD, method=Network.detect), replaced_BT, batch)
-        losses, metrics = add_sums(losses, more_losses), add_sums(metrics, more_metrics)
-        weight = self.config.detection_weight
-        losses["detection"] = WeightedSum(weight * loss.sum, loss.weight)
-        metrics["detection_accuracy"] = accuracy
-        logits_BTV = logits_BTV if with_logits else None
-        return Output(hidden_BTD, logits_BTV, losses, metrics, None, {**statistics, **more_statistics})
 
     def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
         """Returns f32[B, T, V] for hidden states [B, T, D], soft-cap included; any chunk of positions will do."""
@@ -263,7 +239,8 @@ class Model:
     def _count(self, params: Parameters, *arguments: Any, method: Any = None) -> tuple[Any, Parameters]:
         """Calls the network and returns its result and the statistics of its layers."""
         network = Network(self.config)
-        result, state = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        called: Any = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        result, state = called
         return result, dict(state.get("statistics", {}))
 
     def _call(self, params: Parameters, *arguments: Any, method: Any = None) -> Any:

@@ -13,7 +13,6 @@ from flax import linen as nn
 
 from lm.batch import Batch
 from lm.models.attention import Side
-from lm.models.generator import Detector
 from lm.models.heads import Classifier, Head
 from lm.models.layers import Einsum, Norm, Table, dropout, fold
 from lm.models.multihead import Context
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 # What a tower's randomness is for; layers take their own numbers.
 EMBEDDING_DROPOUT = 1 << 20
-ENCODER, DECODER, GENERATOR = 1, 2, 3
+ENCODER, DECODER = 1, 2
 
 
 class Inputs(NamedTuple):
@@ -143,11 +142,7 @@ class Network(nn.Module):
             self.encoder = Tower(config, config.encoder_depth, causal=False)
         if config.decoder_depth:
             self.decoder = Tower(config, config.decoder_depth, causal=True, cross=config.encoder_depth > 0)
-        generator = config.generator_settings
-        if generator is not None:
-            self.generator = Tower(generator, generator.encoder_depth, causal=False)
-            self.detector = Detector(config)
-        self.head = Head(generator or config)
+        self.head = Head(config)
         if config.num_classes:
             self.classifier = Classifier(config)
 
@@ -163,16 +158,6 @@ class Network(nn.Module):
         context = Context(inputs.side, inputs.side, key=fold(key, ENCODER))
         hidden_BSD, _, losses, metrics = self.encoder(self.tokens(inputs.tokens), inputs, context, None)
         return hidden_BSD, losses, metrics
-
-    def generate(self, inputs: Inputs, key: jax.Array | None) -> tuple[jax.Array, Sums, Sums]:
-        """Runs the generator on hidden tokens: hidden states of its own width for `logits`, losses, metrics."""
-        context = Context(inputs.side, inputs.side, key=fold(key, GENERATOR))
-        hidden_BTD, _, losses, metrics = self.generator(self.tokens(inputs.tokens), inputs, context, None)
-        return hidden_BTD, losses, metrics
-
-    def detect(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Returns f32[B, T], logits that the tokens were replaced."""
-        return self.detector(hidden_BTD)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Returns f32[B, T, V] for hidden states of the main tower."""
@@ -193,9 +178,6 @@ class Network(nn.Module):
         hidden_BTD, _, _, _ = self(inputs, context, None)
         if self.config.num_classes:
             self.class_logits(hidden_BTD)
-        if self.config.generator_settings is not None:
-            self.detect(hidden_BTD)
-            hidden_BTD, _, _ = self.generate(inputs, None)
         return self.logits(hidden_BTD)
 
 

@@ -183,6 +183,19 @@ class Bucketed(Positions):
         """Returns the table of num_buckets rows, a column for each head."""
         return Table("UN", config, sizes=(("U", self.num_buckets),), name=name)
 
+    def problems(self, head_dim: int) -> list[str]:
+        """Says so if there are too few buckets, or if the exact ones reach max_distance already."""
+        del head_dim
+        problems = []
+        if self.num_buckets < 4 or self.num_buckets % 4:
+            problems.append(f"config.model.positions.num_buckets: {self.num_buckets} is not a positive multiple of 4")
+        if self.max_distance <= self.num_buckets // 2:
+            problems.append(
+                f"config.model.positions.max_distance: {self.max_distance} must exceed half of num_buckets"
+                f" {self.num_buckets}"
+            )
+        return problems
+
     def buckets(self, distance: jax.Array, causal: bool) -> jax.Array:
         """Returns i32 buckets of i32 distances (key position minus query position)."""
         count = self.num_buckets if causal else self.num_buckets // 2

@@ -156,14 +156,9 @@ class Transformer:
         return any((layer.positions or self.positions).tells_order for layer in (*self.first_layers, *self.layers))
 
     @property
-    def generator_settings(self) -> "Transformer | None":
-        """Settings of the encoder that replaces tokens for this one to find (ELECTRA), or None."""
-        return None
-
-    @property
-    def detection_weight(self) -> float:
-        """Coefficient of the loss of finding replaced tokens."""
-        return 0.0
+    def judges_replacements(self) -> bool:
+        """Whether the model replaces hidden tokens and learns to find them (ELECTRA)."""
+        return False
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -300,8 +295,8 @@ class Transformer:
         problems = list(self.positions.problems(rotated))
         if not self.layers:
             problems.append("config.model.layers: the repeating pattern needs at least one layer")
-        if isinstance(self.positions, Sinusoidal) and self.model_dim % 2:
-            problems.append(f"config.model.model_dim: {self.model_dim} must be even for sinusoidal positions")
+        if isinstance(self.positions, Sinusoidal) and self.embedding_width % 2:
+            problems.append(f"config.model.model_dim: {self.embedding_width} must be even for sinusoidal positions")
         for layer in (*self.first_layers, *self.layers):
             if layer.window is not None and layer.window < 1:
                 problems.append(f"config.model.layers.window: {layer.window} is neither None nor a positive number")

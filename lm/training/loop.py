@@ -18,16 +18,17 @@ from typing import Any
 
 import jax
 
+from lm.batch import WeightedSum
 from lm.config import UserError
 from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
-from lm.training.assembly import Assembly, assemble, check_batch_size, use_compilation_cache
+from lm.training.assembly import Assembly, assemble, check_batch_size, check_tokenizer, use_compilation_cache
 from lm.training.checkpoints import Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
 from lm.training.meter import Meter
 from lm.training.state import TrainState, Tree, place
-from lm.training.step import make_train_step
-from lm.training.workdir import locked, open_workdir, write_record
+from lm.training.step import TrainMetrics, make_train_step
+from lm.training.workdir import check_data, locked, open_workdir, save_config, write_record
 
 # sysexits.h EX_TEMPFAIL: saved, not finished, to be started again.
 EXIT_PREEMPTED = 75
@@ -76,7 +77,7 @@ def _stop_requested() -> Iterator[threading.Event]:
 
 
 # (step, its metrics still on the devices, hash of the data read up to it)
-Finished = tuple[int, dict[str, jax.Array], str]
+Finished = tuple[int, TrainMetrics, str]
 
 
 class TrainLoop:
@@ -123,6 +124,7 @@ class TrainLoop:
         like = self.assembly.state.params
         params = None if self.import_params is None else self.import_params(folder, self.config.model)
         if params is None:
+            check_tokenizer(pathlib.Path(folder), self.assembly.tokenizer)
             return restore_params(pathlib.Path(folder), like)[1]
         return place(params, like)
 
@@ -135,7 +137,7 @@ class TrainLoop:
         try:
             with _stop_requested() as stop, self.assembly.placed():
                 finished = self._run_steps(box, stop)
-                if finished and self._held_out[0] != self.step:
+                if finished:
                     self._evaluate(box[0], whole=True)
                 self._save(box[0])
                 self.checkpoints.wait()
@@ -154,12 +156,14 @@ class TrainLoop:
         if not finished:
             self._progress.say(f"stopped after step {self.step}; saved. The same command goes on from here.")
             return
-        data = self.batches.statistics()
-        self._progress.say(
-            f"finished: {self.step} steps, {self.counters.seen_tokens:,} tokens; train step "
-            f"{self._meter.overall:,.0f} tokens/s, data pipeline {data['tokens_per_second']:,.0f} tokens/s when not "
-            f"waited for, {data['padding_fraction']:.1%} padding. Everything is in {self.workdir}"
-        )
+        data, speed = self.batches.statistics(), ""
+        if math.isfinite(self._meter.overall):  # no step was timed where the run was finished before
+            speed = (
+                f"; train step {self._meter.overall:,.0f} tokens/s, data pipeline {data['tokens_per_second']:,.0f} "
+                f"tokens/s when not waited for, {data['padding_fraction']:.1%} padding"
+            )
+        done = f"finished: {self.step} steps, {self.counters.seen_tokens:,} tokens{speed}"
+        self._progress.say(f"{done}. Everything is in {self.workdir}")
 
     def _run_steps(self, box: list[TrainState], stop: threading.Event) -> bool:
         """Runs steps, leaving the newest state in `box`; returns whether the run is done."""
@@ -169,7 +173,12 @@ class TrainLoop:
         pending: Finished | None = None
         while self.step < self.config.num_steps and not stop.is_set():
             started = time.perf_counter()
-            batch = next(self.batches, None)
+            try:
+                batch = next(self.batches, None)
+            except UserError:
+                # The state that will be saved holds this step, so its figures must be down too.
+                self._note(pending)
+                raise
             if batch is None:  # data.num_epochs are over
                 break
             self._meter.waited(time.perf_counter() - started)
@@ -196,7 +205,7 @@ class TrainLoop:
         if finished is None:
             return
         step, metrics, order = finished
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = _means(jax.device_get(metrics))
         self.counters.seen_tokens += int(values["seen_tokens"])
         self.counters.skipped_steps += int(values["skipped"])
         self._meter.stepped(values["seen_tokens"])
@@ -204,6 +213,8 @@ class TrainLoop:
         if step % self.config.logging.every == 0 or step in (1, self.config.num_steps):
             data = self.batches.statistics()
             values["total_tokens"] = self.counters.seen_tokens
+            values["flops"] = self._meter.step_flops
+            values["total_flops"] = self._meter.step_flops * step
             values["skipped_steps"] = self.counters.skipped_steps
             speed = self._meter.read()
             if speed:
@@ -220,9 +231,15 @@ class TrainLoop:
             self._save(state)
 
     def _evaluate(self, state: TrainState, *, whole: bool) -> None:
-        figures = self.evaluate(state.params if state.average is None else state.average, whole)
+        params = state.params if state.average is None else state.average
+        figures = self.evaluate(params, whole)
         self._held_out = (self.step, figures)
+        if whole and self.config.checkpoint.keep_best and self.config.evaluation.num_batches is not None:
+            # Checkpoints are compared by the figures of the same batches.
+            self._held_out = (self.step, self.evaluate(params, False))
         if figures:
+            if whole:  # a finished run that is started again, or data that ended where an evaluation was due
+                self._writer.take_back(self.step, "validation")
             self._writer.write(self.step, "validation", figures)
             self._progress.say(
                 f"step {self.step}: held-out loss {figures['nll']:.4f} nats/token, "
@@ -233,6 +250,17 @@ class TrainLoop:
         data = {"batches": self.batches.get_state(), "counters": dataclasses.asdict(self.counters)}
         figures = self._held_out[1] if self._held_out[0] == self.step else None
         self.checkpoints.save(state, data, figures or None)
+
+
+def _means(metrics: TrainMetrics) -> dict[str, float]:
+    """Returns plain figures; a mean over nothing is left out."""
+    found = {}
+    for name, value in metrics.items():
+        if not isinstance(value, WeightedSum):
+            found[name] = float(value)
+        elif value.weight > 0:
+            found[name] = float(value.sum) / float(value.weight)
+    return found
 
 
 def _chain(before: str, digest: str) -> str:
@@ -265,8 +293,9 @@ def train(
     """
     experiment.validate()
     use_compilation_cache(experiment.compilation_cache)
-    folder = open_workdir(workdir, experiment, force_config=force_config)
+    folder = open_workdir(workdir)
     with locked(folder):
+        save_config(folder, experiment, force_config=force_config)
         tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
         check_batch_size(experiment, assembly.mesh)
@@ -282,9 +311,12 @@ def train(
         try:
             loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params)
             state = loop.restore()
+            data = fingerprint(experiment.data)
+            if loop.step:
+                check_data(folder, data, force_config=force_config)
             facts = {
                 "from_step": loop.step,
-                "data_fingerprint": fingerprint(experiment.data),
+                "data_fingerprint": data,
                 "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.state.params)),
             }
             write_record(folder, experiment, assembly.mesh, facts)

@@ -5,7 +5,7 @@ microbatches, devices and chunks add up and are divided once.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +22,83 @@ class TokenLosses(NamedTuple):
       nll: sum of weight * negative log-likelihood in nats, without smoothing and z-loss.
       correct: sum of weight where the most likely token is the target.
       weight: sum of the weights.
+      parts: nll and weight of each component of a mixture, a pair of f32[C]; C is 0 where components are not told.
     """
 
     loss: jax.Array
     nll: jax.Array
     correct: jax.Array
     weight: jax.Array
+    parts: WeightedSum
 
     def mean_loss(self) -> WeightedSum:
         """The minimised loss as a pair."""
         return WeightedSum(self.loss, self.weight)
 
 
+@jax.custom_vjp
+def reduce_vocabulary(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """Reduces f32 logits to logZ, the target's logit, the largest and the sum of all, each f32[B, T].
+
+    The gradient is one pass over the logits and keeps nothing of their size but themselves (derived
+    step by step it would keep three). The largest one has no gradient.
+    """
+    largest_BT = jnp.max(logits_BTV, axis=-1)
+    normalizer_BT = largest_BT + jnp.log(jnp.sum(jnp.exp(logits_BTV - largest_BT[..., None]), axis=-1))
+    return normalizer_BT, _target_logit(logits_BTV, targets_BT), largest_BT, jnp.sum(logits_BTV, axis=-1)
+
+
+def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return targets_BT[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+
+
+def _target_logit(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    # A one-hot product keeps a sharded vocabulary sharded; XLA:CPU writes it to memory, so there it is a gather.
+    return jax.lax.platform_dependent(
+        logits_BTV,
+        targets_BT,
+        cpu=lambda x, i: jnp.take_along_axis(x, i[..., None], axis=-1)[..., 0],
+        default=lambda x, i: jnp.sum(jnp.where(_is_target(x, i), x, 0.0), axis=-1),
+    )
+
+
+def _reduce_forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
+    reduced = reduce_vocabulary(logits_BTV, targets_BT)
+    return reduced, (logits_BTV, targets_BT, reduced[0])
+
+
+def _reduce_backward(saved: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    logits_BTV, targets_BT, normalizer_BT = saved
+    to_normalizer_BT1, to_target_BT1, _, to_sum_BT1 = (g[..., None] for g in gradients)
+    spread_BTV = to_normalizer_BT1 * jnp.exp(logits_BTV - normalizer_BT[..., None]) + to_sum_BT1
+    return spread_BTV + jnp.where(_is_target(logits_BTV, targets_BT), to_target_BT1, 0.0), None
+
+
+reduce_vocabulary.defvjp(_reduce_forward, _reduce_backward)
+
+
+class Components(NamedTuple):
+    """Which component of a mixture of objectives made each position.
+
+    Attributes:
+      ids: i32[B, T], below `count`.
+      count: number of components.
+    """
+
+    ids: jax.Array
+    count: int
+
+    def split(self, values_BT: jax.Array) -> jax.Array:
+        """Returns f32[count], the sum of f32[B, T] over the positions of each component."""
+        return jnp.zeros((self.count,), jnp.float32).at[self.ids].add(values_BT)
+
+
 def cross_entropy(
-    logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, config: LossConfig
+    logits_BTV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    config: LossConfig,
+    components: Components | None = None,
 ) -> TokenLosses:
     """Sums the loss of `targets` under `logits` in float32.
 
@@ -48,30 +111,37 @@ def cross_entropy(
       targets_BT: i32[B, T], ids below V.
       weights_BT: f32[B, T].
       config: smoothing and z-loss.
+      components: of a mixture, to be told apart; or None.
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     size = logits_BTV.shape[-1]
-    normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A one-hot product instead of a gather: it keeps a sharded vocabulary sharded.
-    hit_BTV = targets_BT[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-    target_logit_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
+    normalizer_BT, target_logit_BT, largest_BT, sum_BT = reduce_vocabulary(logits_BTV, targets_BT)
     nll_BT = normalizer_BT - target_logit_BT
     loss_BT = nll_BT
     if config.label_smoothing:
         low = config.label_smoothing / (size - 1)
         high = 1.0 - config.label_smoothing
-        others_BT = size * normalizer_BT - jnp.sum(logits_BTV, axis=-1) - nll_BT
+        others_BT = size * normalizer_BT - sum_BT - nll_BT
         entropy = -(high * jnp.log(high) + (size - 1) * low * jnp.log(low + 1e-20))
         loss_BT = high * nll_BT + low * others_BT - entropy
     if config.z_loss:
         loss_BT = loss_BT + config.z_loss * jnp.square(normalizer_BT)
-    correct_BT = target_logit_BT >= jnp.max(logits_BTV, axis=-1)
+    correct_BT = target_logit_BT >= largest_BT
     return TokenLosses(
         loss=jnp.sum(loss_BT * weights_BT),
         nll=jnp.sum(nll_BT * weights_BT),
         correct=jnp.sum(correct_BT * weights_BT),
         weight=jnp.sum(weights_BT),
+        parts=_parts(nll_BT, weights_BT, components),
     )
+
+
+def _parts(nll_BT: jax.Array, weights_BT: jax.Array, components: Components | None) -> WeightedSum:
+    if components is None:
+        return WeightedSum(jnp.zeros((0,)), jnp.zeros((0,)))
+    # Only looked at: no gradient is to pay for it.
+    nll_BT = jax.lax.stop_gradient(nll_BT)
+    return WeightedSum(components.split(nll_BT * weights_BT), components.split(weights_BT))
 
 
 def chunked_cross_entropy(
@@ -80,6 +150,7 @@ def chunked_cross_entropy(
     targets_BT: jax.Array,
     weights_BT: jax.Array,
     config: LossConfig,
+    components: Components | None = None,
 ) -> TokenLosses:
     """Sums the loss without ever holding the logits of more than `config.chunk` positions per row.
 
@@ -91,11 +162,14 @@ def chunked_cross_entropy(
       targets_BT: i32[B, T].
       weights_BT: f32[B, T].
       config: its `chunk` may be None: everything at once.
+      components: of a mixture, to be told apart; or None.
     """
     length = hidden_BTD.shape[1]
     chunk = config.chunk
     if chunk is None or chunk >= length:
-        return cross_entropy(logits_of(hidden_BTD), targets_BT, weights_BT, config)
+        return cross_entropy(logits_of(hidden_BTD), targets_BT, weights_BT, config, components)
+    count = 0 if components is None else components.count
+    ids_BT = jnp.zeros_like(targets_BT) if components is None else components.ids
     padding = -length % chunk
 
     def split(x: jax.Array) -> jax.Array:
@@ -103,11 +177,12 @@ def chunked_cross_entropy(
         return jnp.moveaxis(padded.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def body(total: TokenLosses, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[TokenLosses, None]:
-        hidden_BtD, targets_Bt, weights_Bt = piece
-        part = cross_entropy(logits_of(hidden_BtD), targets_Bt, weights_Bt, config)
+    def body(total: TokenLosses, piece: tuple[jax.Array, ...]) -> tuple[TokenLosses, None]:
+        hidden_BtD, targets_Bt, weights_Bt, ids_Bt = piece
+        told = None if components is None else Components(ids_Bt, count)
+        part = cross_entropy(logits_of(hidden_BtD), targets_Bt, weights_Bt, config, told)
         return jax.tree.map(jnp.add, total, part), None
 
-    zero = TokenLosses(*(jnp.zeros((), jnp.float32),) * 4)
-    total, _ = jax.lax.scan(body, zero, (split(hidden_BTD), split(targets_BT), split(weights_BT)))
+    zero = TokenLosses(*(jnp.zeros((), jnp.float32),) * 4, WeightedSum(*(jnp.zeros((count,), jnp.float32),) * 2))
+    total, _ = jax.lax.scan(body, zero, (split(hidden_BTD), split(targets_BT), split(weights_BT), split(ids_BT)))
     return total

@@ -15,16 +15,17 @@ import optax
 
 from lm.batch import Batch, WeightedSum
 from lm.experiment import Experiment, LossConfig
-from lm.training.losses import TokenLosses, chunked_cross_entropy
+from lm.training.losses import Components, TokenLosses, chunked_cross_entropy
 from lm.training.state import TrainState, Tree
 
 Metrics = dict[str, jax.Array]
+TrainMetrics = dict[str, jax.Array | WeightedSum]
 Sums = tuple[TokenLosses, dict[str, WeightedSum], dict[str, WeightedSum]]
 Statistics = Tree  # what layers counted, for `Model.after_update`
 
 
 def compute_sums(
-    model: Any, params: Tree, batch: Batch, key: jax.Array | None, config: LossConfig
+    model: Any, params: Tree, batch: Batch, key: jax.Array | None, config: LossConfig, num_components: int = 0
 ) -> tuple[Sums, Statistics]:
     """Runs the model on a batch and returns the token losses, the model's own losses and metrics; and its statistics.
 
@@ -34,10 +35,17 @@ def compute_sums(
       batch: [B, T] arrays.
       key: for dropout; None is deterministic.
       config: what is minimised.
+      num_components: of the mixture that made the batch, whose losses are to be told apart; 0 for none.
     """
     output = model.apply(params, batch, key=key, with_logits=False)
+    components = Components(batch.components, num_components) if batch.components is not None else None
     tokens = chunked_cross_entropy(
-        lambda hidden_BTD: model.logits(params, hidden_BTD), output.hidden, batch.targets, batch.weights, config
+        lambda hidden_BTD: model.logits(params, hidden_BTD),
+        output.hidden,
+        batch.targets,
+        batch.weights,
+        config,
+        components if num_components else None,
     )
     return (tokens, output.losses, output.metrics), output.statistics
 
@@ -62,10 +70,11 @@ def gradients(model: Any, params: Tree, batch: Batch, key: jax.Array, config: Ex
     batch, each one's other losses are averaged over microbatches.
     """
     num = config.num_microbatches
+    num_components = len(config.objective.traits.component_names)
     total_weight = jnp.maximum(jnp.sum(batch.weights), 1e-9)
 
     def loss(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
-        sums, statistics = compute_sums(model, params, batch, key, config.loss)
+        sums, statistics = compute_sums(model, params, batch, key, config.loss, num_components)
         tokens, losses, _ = sums
         value = tokens.loss / total_weight
         for pair in losses.values():
@@ -114,13 +123,20 @@ def describe(sums: Sums, counts: Metrics) -> Metrics:
     return found | counts
 
 
+def describe_components(parts: WeightedSum, names: tuple[str, ...]) -> TrainMetrics:
+    """Returns, for each component of a mixture, nll/NAME (nats a token, as a pair) and loss_tokens/NAME, its weight."""
+    found: TrainMetrics = {f"nll/{name}": WeightedSum(parts.sum[i], parts.weight[i]) for i, name in enumerate(names)}
+    return found | {f"loss_tokens/{name}": parts.weight[i] for i, name in enumerate(names)}
+
+
 def make_train_step(
     config: Experiment, model: Any, optimizer: optax.GradientTransformation, token_bytes: np.ndarray
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
     """Returns the pure train step; jit it with the state donated.
 
     The metrics are f32[] scalars: those of `describe`, gradient_norm, parameter_norm, learning_rate,
-    and skipped (1 where the loss or the gradient was not finite and the update was left out).
+    and skipped (1 where the loss or the gradient was not finite and the update was left out); for a mixture of
+    objectives also those of `describe_components`, pairs whose weight is 0 where a batch has nothing of a component.
 
     Args:
       config: the run.
@@ -131,7 +147,9 @@ def make_train_step(
     learning_rate_at = config.optimizer.learning_rate_at(config.num_steps)
     averaging = config.optimizer.average
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    names = config.objective.traits.component_names
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, (sums, statistics) = gradients(model, state.params, batch, key, config)
         norm = optax.tree.norm(grads)
@@ -157,7 +175,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(learning_rate_at(state.step), jnp.float32),
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
-        return new, metrics
+        return new, metrics | describe_components(sums[0].parts, names)
 
     return step
 

@@ -108,3 +108,26 @@ def test_deep_norm_weights():
     block = params["decoder"]["stack"]["layers"]["block_0"]
     deviations = [float(jnp.std(block["attention"][name]["kernel"])) for name in ("value", "key")]
     assert deviations[0] / deviations[1] == pytest.approx(24**-0.25, rel=0.1)
+
+
+def test_what_cannot_work_is_said():
+    assert T5.problems() == []
+    config = dataclasses.replace(
+        T5,
+        parallel_block=True,
+        num_block_positions=3,
+        share_layers=True,
+        attention=models.Latent(),
+        positions=models.Bucketed(num_buckets=6, max_distance=2),
+    )
+    problems = "\n".join(config.problems())
+    for name in (
+        "parallel_block",
+        "num_block_positions",
+        "share_layers",
+        "attention: latent",
+        "positions: latent",
+        "positions.num_buckets",
+        "positions.max_distance",
+    ):
+        assert f"config.model.{name}" in problems

@@ -674,3 +674,50 @@ def test_bloom(make_batch):
         },
     }
     run_padded(hf, make_batch, config, params)
+
+
+def test_gptj(make_batch):
+    """The parallel block (PaLM's, here with biases), half of each head rotated, an output projection with a bias."""
+    hf = randomized(
+        transformers.GPTJForCausalLM(
+            transformers.GPTJConfig(
+                vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, attn_implementation="eager"
+            )
+        )
+    )
+    config = models.Decoder(
+        vocab_size=50,
+        num_layers=2,
+        model_dim=32,
+        num_heads=4,
+        mlp_dim=128,
+        norm=models.LayerNorm(),
+        positions=models.Rotary(fraction=0.5),
+        mlp=models.Mlp(activation="gelu_tanh", gated=False, use_bias=True),
+        parallel_block=True,
+        tied_embeddings=False,
+        head_bias=True,
+    )
+    w = Weights(hf, LAYERS, "transformer.")
+    halves = jnp.asarray([0, 2, 1, 3, 4, 5, 6, 7])  # The checkpoint interleaves what we hold in halves.
+
+    def rotated(name):
+        return {"kernel": w.get(f"h.{{}}.attn.{name}.weight", lambda x: x.T.reshape(32, 4, 8)[..., halves])}
+
+    block = {
+        "attention_norm": w.norm("h.{}.ln_1", bias=True),
+        "attention": {
+            "query": rotated("q_proj"),
+            "key": rotated("k_proj"),
+            "value": w.dense("h.{}.attn.v_proj", (32, 4, 8)),
+            "out": w.dense("h.{}.attn.out_proj", (4, 8, 32)),
+        },
+        "mlp": {"up": w.dense("h.{}.mlp.fc_in", bias=True), "down": w.dense("h.{}.mlp.fc_out", bias=True)},
+    }
+    head = Weights(hf, [])
+    params = {
+        "tokens": {"embedding": w.get("wte.weight")},
+        "decoder": {"stack": {"layers": {"block_0": block}}, "final_norm": w.norm("ln_f", bias=True)},
+        "head": {"projection": head.dense("lm_head"), "bias": head.get("lm_head.bias")},
+    }
+    run_padded(hf, make_batch, config, params)
