@@ -1,8 +1,9 @@
 """Converts checkpoints: python -m lm.convert --from=DIR --to=DIR, to and from the format of Hugging Face.
 
 From a Hugging Face folder (config.json, safetensors, tokenizer.json) to the folder of a run, which
-lm.generate and lm.evaluate use and --config.init_from starts from; or from a run to a folder that
-`transformers` opens with from_pretrained. Exit status: 0 done, 2 something to mend, nothing written.
+lm.generate and lm.evaluate use; or from a run to a folder that `transformers` opens with from_pretrained.
+To train on: python -m lm.train --config=RUN/config.json --config.init_from=RUN --workdir=NEW, where RUN is
+what was written here. Exit status: 0 done, 2 something to mend, nothing written.
 """
 
 import pathlib

@@ -70,7 +70,7 @@ def write_decoder(config: Any) -> Fields | None:
     if not isinstance(config.positions, Rotary) or not isinstance(config.attention, MultiHead):
         return None
     activation = getattr(config.mlp, "activation", None)
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    names: dict[Any, str] = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     return {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,

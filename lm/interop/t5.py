@@ -47,7 +47,7 @@ def read(config: Config) -> EncoderDecoder:
     if gated not in ("", "gated") or name not in ACTIVATIONS:
         raise config.refuse("feed_forward_proj", f"known are {', '.join(ACTIVATIONS)}, and gated- before each")
     # "gated-gelu" has always meant the approximation.
-    activation = "gelu_tanh" if gated and name == "gelu" else ACTIVATIONS[name]
+    activation: Any = "gelu_tanh" if gated and name == "gelu" else ACTIVATIONS[name]
     ties = config.get("tie_word_embeddings", True)
     dropout = config.get("dropout_rate", 0.1)
     return EncoderDecoder(

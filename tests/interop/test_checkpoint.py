@@ -1,6 +1,7 @@
 """The engine: a folder is taken whole or refused in one sentence that names what is wrong."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 
@@ -158,6 +159,24 @@ def test_a_model_that_no_family_expresses_names_the_nearest(params, tmp_path):
     with pytest.raises(UserError, match=r"(?s)no family .* expresses this model; the nearest is .*relu_squared"):
         interop.save(tmp_path / "hf", odd, params)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "architecture"),
+    [
+        ("llama3", "LlamaForCausalLM"),
+        ("mixtral", "MixtralForCausalLM"),
+        ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        ("deepseek_v3", "DeepseekV3ForCausalLM"),
+    ],
+)
+def test_presets_are_of_their_families(preset, architecture, tmp_path):
+    config = importlib.import_module(f"configs.{preset}").get_config("tiny").model
+    mesh = parallel.build_mesh(parallel.MeshConfig(), jax.devices()[:1])
+    with parallel.use(mesh, parallel.DEFAULT_RULES):
+        params = config.build().init(jax.random.key(0))
+    assert interop.save(tmp_path / "hf", config, params) == architecture
+    jax.tree.map(np.testing.assert_array_equal, interop.load_params(tmp_path / "hf", config), jax.device_get(params))
 
 
 def test_params_of_another_model_are_refused(params, tmp_path):

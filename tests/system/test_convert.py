@@ -1,13 +1,10 @@
 """The program convert: from a checkpoint to a run and back, and a run started from a checkpoint."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from lm.config import load, to_json
-from lm.optim import Constant, OptimizerConfig
 from tests.system.runs import history, run, tiny_flags, write_corpus
 
 pytestmark = pytest.mark.system
@@ -80,18 +77,14 @@ def test_there_and_back(checkpoint, tmp_path):
 
 
 def test_trained_on_at_once_and_opened_again(checkpoint, tmp_path):
-    from lm import interop
-
-    model = interop.load_config(checkpoint)
+    status, _, err = run("lm.convert", f"--from={checkpoint}", f"--to={tmp_path / 'run'}")
+    assert status == 0, err
     flags = tiny_flags(write_corpus(tmp_path / "corpus"))
-    base = load("configs/llama3.py:tiny")
-    experiment = dataclasses.replace(base, model=model, optimizer=OptimizerConfig(schedule=Constant(warmup_steps=0)))
-    (tmp_path / "config.json").write_text(json.dumps(to_json(experiment)))
     flags = [flag for flag in flags if not flag.startswith(("--config=", "--config.data.tokenizer"))]
     flags += [
-        f"--config={tmp_path / 'config.json'}",
-        "--config.data.tokenizer=HuggingFace",
-        f"--config.data.tokenizer.path={checkpoint}",
+        f"--config={tmp_path / 'run' / 'config.json'}",
+        "--config.optimizer.schedule=Constant",
+        "--config.optimizer.schedule.warmup_steps=0",
         f"--config.init_from={checkpoint}",
         "--config.num_steps=2",
         f"--workdir={tmp_path / 'trained'}",
@@ -107,8 +100,14 @@ def test_trained_on_at_once_and_opened_again(checkpoint, tmp_path):
     assert before.keys() == after.keys()
     assert any(not np.array_equal(before[name], after[name]) for name in before)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    # The converted run is the same start.
+    flags = [flag.replace(f"init_from={checkpoint}", f"init_from={tmp_path / 'run'}") for flag in flags]
+    status, _, err = run("lm.train", *flags[:-1], f"--workdir={tmp_path / 'again'}")
+    assert status == 0, err
+    assert history(tmp_path / "again") == history(tmp_path / "trained")
     # Another model than the folder's is refused in one sentence.
-    status, _, err = run("lm.train", *flags[:-1], f"--workdir={tmp_path / 'other'}", "--config.model.positions.theta=1")
+    flags[-1] = f"--workdir={tmp_path / 'other'}"
+    status, _, err = run("lm.train", *flags, f"--config.init_from={checkpoint}", "--config.model.positions.theta=1")
     assert status == 2
     assert "another model" in err
     assert "theta" in err
