@@ -70,8 +70,9 @@ ROUNDED = [
     (transformer2017, "big", 213e6, 0.01),
     (ul2, "20b", 20e9, 0.03),
 ]
+# One tiny variant of each family, and the others as the long form.
 TINY = [
-    (module, variant)
+    pytest.param(module, variant, marks=() if variant == "tiny" else pytest.mark.slow)
     for module in (albert, bart, bert, gemma, mistral, modernbert, palm, qwen, roberta, t5, transformer2017, ul2)
     for variant in module.MODELS
     if variant.endswith("tiny")
