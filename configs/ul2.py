@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from lm.data import DataConfig
+from lm.data import Bytes, DataConfig
 from lm.experiment import Experiment
 from lm.models import Bucketed, Decoder, EncoderDecoder, FanInInitializer, Mlp, MultiHead, RMSNorm
 from lm.objectives import UL2
@@ -62,7 +62,10 @@ def get_config(variant: str = "") -> Experiment:
         model=model,
         objective=UL2(),
         data=DataConfig(
-            sequence_length=model.max_length, encoder_length=model.max_length if model.encoder_depth else None
+            # Half of the tokens in runs of three: the extreme denoisers need many sentinels.
+            tokenizer=Bytes(num_sentinels=100 if tiny else 256),
+            sequence_length=model.max_length,
+            encoder_length=model.max_length if model.encoder_depth else None,
         ),
         optimizer=OptimizerConfig(
             rule=Adafactor(),

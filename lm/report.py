@@ -1,4 +1,13 @@
-"""Draws the loss curves of one or several runs: python -m lm.report --output=curve.png RUN [RUN ...]"""
+"""Draws one run's curve, or several runs together: python -m lm.report --output=curve.png RUN [RUN ...]
+
+Several runs are drawn by their held-out figure against operations, tokens and time, with a table, printed
+and written beside the picture as Markdown. To compare the families of configs/compare.py:
+
+  for v in causal prefix mlm span ul2 moe; do
+    python -m lm.train --config=configs/compare.py:$v --workdir=runs/compare/$v
+  done
+  python -m lm.report --output=runs/compare/curves.png runs/compare/*/
+"""
 
 import pathlib
 
@@ -7,7 +16,7 @@ from absl import flags
 from lm import flags as program
 from lm.config import ConfigError
 
-_OUTPUT = flags.DEFINE_string("output", "curve.png", "The PNG to write.")
+_OUTPUT = flags.DEFINE_string("output", "curve.png", "The PNG to write; the table of several runs ends in .md.")
 _VALUE = flags.DEFINE_string("value", "bits_per_byte", "Which figure of metrics.jsonl to draw.")
 
 
@@ -15,17 +24,30 @@ def main(workdirs: list[str]) -> int:
     """Draws the runs that the arguments name."""
     if not workdirs:
         raise ConfigError("name the folder of at least one run")
+    from lm.evaluation.comparison import draw_comparison, load_facts, write_table
     from lm.evaluation.curves import draw_curves, load_history
 
-    histories = [load_history(pathlib.Path(workdir)) for workdir in workdirs]
-    known = histories[0].train[-1] if histories[0].train else {}
-    if _VALUE.value not in known:
-        raise ConfigError(f"--value={_VALUE.value} is not in metrics.jsonl; there are {', '.join(known)}")
+    folders = [pathlib.Path(workdir) for workdir in workdirs]
+    histories = [load_history(folder) for folder in folders]
+    output, together = pathlib.Path(_OUTPUT.value), len(folders) > 1
+    for folder, history in zip(folders, histories, strict=True):
+        lines = history.validation if together else history.train
+        known = lines[-1] if lines else {}
+        if _VALUE.value not in known:
+            there = f"there are {', '.join(known)}" if known else "there is no such line"
+            split = "held-out" if together else "training"
+            raise ConfigError(f"--value={_VALUE.value} is not in the {split} lines of {folder}/metrics.jsonl; {there}")
     try:
-        draw_curves(histories, pathlib.Path(_OUTPUT.value), _VALUE.value)
+        if together:
+            table = write_table(histories, [load_facts(folder) for folder in folders], _VALUE.value)
+            draw_comparison(histories, output, _VALUE.value)
+            output.with_suffix(".md").write_text(table, encoding="utf-8")
+            print(f"{table}\nwrote {output} and {output.with_suffix('.md')}")
+            return 0
+        draw_curves(histories, output, _VALUE.value)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--output={_OUTPUT.value} cannot be written: {error}") from error
-    print(f"wrote {_OUTPUT.value}")
+        raise ConfigError(f"--output={output} cannot be written: {error}") from error
+    print(f"wrote {output}")
     return 0
 
 

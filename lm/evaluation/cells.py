@@ -33,7 +33,7 @@ from lm.models import (
 from lm.objectives import Component, SuffixBlank, TextToText
 from lm.optim import Constant, OptimizerConfig
 
-Model = Decoder | Encoder | EncoderDecoder | Electra
+Model: TypeAlias = Decoder | Encoder | EncoderDecoder | Electra
 
 OBJECTIVES: Mapping[str, Objective] = {
     "Causal": objectives.Causal(),

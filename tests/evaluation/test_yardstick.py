@@ -128,8 +128,9 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token(name, corpu
     # One token a byte; a chain's last token, eos or the end of a blank, is scored besides and stands for no byte.
     ends = figures["bits_per_byte"] * figures["bytes"] / math.log2(run.model.vocab_size) - figures["bytes"]
     np.testing.assert_allclose(ends, round(ends), atol=0.02)
-    _, held_out = split(Files(path=corpus).open().keys(), 0.3)
-    rows = math.ceil(500 / (cells.LENGTH - 2))
-    assert {"Causal": len(held_out), "PrefixLM": len(held_out), "spans": len(held_out), "MLM": 0}.get(
-        name, len(held_out) * rows
-    ) == round(ends)
+    text = Files(paths=(corpus,)).open()
+    _, held_out = split(text.keys(), 0.3)
+    sizes = [len(text.text(int(place)).encode()) for place in held_out]
+    assert figures["bytes"] == sum(sizes)
+    rows_of_blanks = sum(math.ceil(size / (cells.LENGTH - 2)) for size in sizes)
+    assert round(ends) == {"MLM": 0, "GLM": rows_of_blanks}.get(name, len(sizes))
