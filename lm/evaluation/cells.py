@@ -6,6 +6,7 @@ the committed table equals what `write_table` returns, and a test trains every c
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from lm import objectives
 from lm.data import Bytes, DataConfig
@@ -84,7 +85,7 @@ OBJECTIVES: Mapping[str, Objective] = {
 
 LENGTH = 64
 TOKENIZER = Bytes(num_sentinels=40)
-_SIZES = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 32, "max_length": LENGTH, "vocab_size": 311}
+_SIZES: dict[str, Any] = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 32, "max_length": LENGTH, "vocab_size": 311}
 ARCHITECTURES: Mapping[str, Model] = {
     "Decoder": Decoder(**_SIZES),
     "Encoder": Encoder(**_SIZES),
