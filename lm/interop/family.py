@@ -270,7 +270,7 @@ def _entry(name: str, each: Row, index: tuple[int, ...], shapes: Mapping[str, tu
     return Entry(name, tuple((path, index) for path in each.ours), inner, layout, rotated)
 
 
-def fold_layers(layers: Sequence[Layer]) -> dict[str, tuple[Layer, ...]]:
+def fold_layers(layers: Sequence[Layer]) -> dict[str, Any]:
     """Returns the fields `first_layers` and `layers` of the shortest description of a list of layers."""
     count = len(layers)
     for length in range(1, count + 1):

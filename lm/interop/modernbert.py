@@ -82,6 +82,8 @@ def write(config: Any) -> Fields | None:
     """Makes a config.json of our config."""
     if not isinstance(config, Encoder) or not isinstance(config.norm, LayerNorm) or not isinstance(config.mlp, Mlp):
         return None
+    if not isinstance(config.attention, MultiHead):
+        return None
     layers = unfold_layers(config, config.num_layers)
     full, local = (positions_of(config, windowed=windowed) for windowed in (False, True))
     if not isinstance(full, Rotary) or not isinstance(local, Rotary):
