@@ -53,7 +53,7 @@ def load(path: str) -> Any:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, ImportError, NameError, AttributeError) as error:
         raise ConfigError(f"{name}: {_plain(error)}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{name}: has no function get_config(variant)")

@@ -5,6 +5,7 @@ Knows no particular config or program, imports no jax.
 """
 
 import contextlib
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,18 +19,26 @@ from lm.config import ConfigError, UserError
 _OVERRIDES: dict[str, str] = {}
 
 
-def run(main: Callable[[list[str]], int | None], schema: Callable[[], type] | None = None) -> None:
+def run(
+    main: Callable[[list[str]], int | None],
+    schema: Callable[[], type] | None = None,
+    *,
+    takes_arguments: bool = False,
+) -> None:
     """Runs an absl program: parses flags, calls `main(arguments)` and exits with its status (None is 0).
 
     Args:
       main: receives the positional arguments.
       schema: returns the dataclass that `--config` must give; None for a program without a config.
+      takes_arguments: whether words that are no flags mean something; else they are refused, not passed over.
     """
     if schema is not None and "config" not in flags.FLAGS:
         flags.DEFINE_string("config", None, "Config FILE.py, FILE.py:variant or saved config.json.")
 
     def guarded(argv: list[str]) -> None:
         with _exit_status_2():
+            if argv[1:] and not takes_arguments:
+                raise UserError(f"{argv[1]!r} is not a flag; flags begin with -- (see --help)")
             sys.exit(main(argv[1:]) or 0)
 
     # Libraries log every file they touch at INFO; a program says what matters itself.
@@ -83,7 +92,8 @@ def _help(argv: Sequence[str], module: str, schema: Callable[[], type] | None) -
     defaults = ["" if flag.value is None else f" (default {flag.value})" for flag in own]
     lines += [f"  --{flag.name}: {flag.help}{default}" for flag, default in zip(own, defaults, strict=True)]
     if schema is not None:
-        given = [a.partition("=")[2] for a in argv if a.lstrip("-").startswith("config=")]
+        given = [a.partition("=")[2] for a in argv if a.startswith("-") and a.lstrip("-").startswith("config=")]
+        given += [value for flag, value in itertools.pairwise(argv) if flag in ("--config", "-config")]
         lines += ["", "Config fields, each overridden by --config.PATH=VALUE:"]
         if given:
             shown = resolve(given[0], _OVERRIDES, schema())

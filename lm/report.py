@@ -52,4 +52,4 @@ def main(workdirs: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, takes_arguments=True)

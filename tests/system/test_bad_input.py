@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 
 from lm import flags
 from lm import train as train_program
+from lm.data import prefetching  # noqa: F401 Grain defines flags when it is imported, which flagsaver would take back
 from tests.system.runs import tiny_flags, write_corpus
 
 pytestmark = pytest.mark.system
@@ -63,6 +64,7 @@ def _tiny(source, **overrides):
         ("--config.init_from=/nowhere", "no directory /nowhere"),
         ("--workdr=x", "workdr"),
         ("--config.num_steps", "needs a value"),
+        ("config.num_steps=3", "'config.num_steps=3' is not a flag"),
     ],
 )
 def test_settings(call, source, tmp_path, flag, words):
@@ -87,11 +89,21 @@ def test_no_config_and_no_workdir(call, source):
     assert (code, err) == (2, "train: give --workdir=FOLDER, where the run is kept\n")
 
 
-def test_help_lists_every_field(call):
-    code, _, out = call("--config=configs/llama3.py:tiny", "--help")
+@pytest.mark.parametrize("config", [("--config=configs/llama3.py:tiny",), ("--config", "configs/llama3.py:tiny")])
+def test_help_lists_every_field(call, config):
+    code, _, out = call(*config, "--help")
     assert code == 0
     assert "model.num_layers = 2  [int]" in out
     assert "--workdir" in out
+
+
+@pytest.mark.parametrize("line", ["from lm.models import Decodr", "import lm.modles", "Experiment()", "x = ("])
+def test_a_config_file_that_does_not_import(call, tmp_path, line):
+    (tmp_path / "mine.py").write_text(f"{line}\n")
+    code, err, _ = call(f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run")
+    assert code == 2
+    assert "mine.py: " in err
+    assert "Traceback" not in err
 
 
 def _write(path, content):
