@@ -6,6 +6,7 @@ installed, the same for a plain PyTorch GPT of the same shape. Rounds of all con
 interleaved, with the same number of threads; medians and spreads over rounds.
 """
 
+import dataclasses
 import importlib.util
 import os
 import platform
@@ -35,6 +36,7 @@ _VOCAB = flags.DEFINE_integer("vocab_size", 8192, "Token ids.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Interleaved rounds.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Steps per contestant and round.")
 _COMPILE = flags.DEFINE_bool("torch_compile", False, "Also time torch.compile (compilation takes minutes on a CPU).")
+_SCAN = flags.DEFINE_bool("scan_layers", True, "Layers as a loop in the program, or written out.")
 _CHUNK = flags.DEFINE_integer("loss_chunk", 0, "Positions per chunk of the loss; 0 computes all logits at once.")
 
 
@@ -53,10 +55,14 @@ def _time(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def _times(function: Callable[[], object]) -> tuple[float, float]:
+    """Returns the seconds that pass, and those that all threads of this process compute."""
+    start = time.process_time()
+    return _time(function), time.process_time() - start
+
+
 def our_step(layers: int, width: int, dtype: str, tokens: np.ndarray) -> tuple[Callable[[], None], float]:
     """Returns a function that runs the timed steps, and the model FLOPs of one step."""
-    import dataclasses
-
     model_config = dataclasses.replace(
         gpt2.get_model("small"),
         vocab_size=_VOCAB.value,
@@ -66,6 +72,7 @@ def our_step(layers: int, width: int, dtype: str, tokens: np.ndarray) -> tuple[C
         mlp_dim=4 * width,
         max_length=_LENGTH.value,
         dtype=dtype,
+        scan_layers=_SCAN.value,
     )
     config = Experiment(
         model=model_config,
@@ -120,46 +127,56 @@ def their_step(layers: int, width: int, dtype: str, tokens: np.ndarray, compiled
     return run
 
 
+def has_torch() -> bool:
+    """Whether PyTorch is installed."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def measure(layers: int, width: int, dtype: str, tokens: np.ndarray) -> None:
+    """Times all contestants in one size and dtype, round by round, and prints a line for each."""
+    ours, flops = our_step(layers, width, dtype, tokens)
+    contestants = {"lm": ours}
+    if has_torch():
+        contestants["torch eager"] = their_step(layers, width, dtype, tokens, False)
+        if _COMPILE.value:
+            contestants["torch compiled"] = their_step(layers, width, dtype, tokens, True)
+    for run in contestants.values():
+        run()
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
+    peaks = []
+    for _ in range(_ROUNDS.value):
+        for name, run in contestants.items():
+            rounds[name].append(_times(run))
+        peaks.append(matmul_flops(dtype))
+    seconds = {name: [wall / _STEPS.value for wall, _ in found] for name, found in rounds.items()}
+    processor = {name: statistics.median(cpu for _, cpu in found) / _STEPS.value for name, found in rounds.items()}
+    peer = "torch eager" if has_torch() else "lm"
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        ratio = statistics.median(t / s for t, s in zip(seconds[peer], times, strict=True))
+        print(
+            f"{f'{layers}x{width}':8} {dtype:9} {name:15} {_BATCH.value * _LENGTH.value / middle:9,.0f} "
+            f"{(max(times) - min(times)) / middle:6.0%} {flops / middle / 1e9:8.1f} "
+            f"{flops / middle / statistics.median(peaks):9.1%} {processor[name]:8.3f} "
+            f"{processor[peer] / processor[name]:9.2f} {ratio:8.2f}",
+            flush=True,
+        )
+
+
 def main(_: list[str]) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, _VOCAB.value, (_BATCH.value, _LENGTH.value + 1)).astype(np.int32)
-    has_torch = importlib.util.find_spec("torch") is not None
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}")
     print(f"batch {_BATCH.value} x {_LENGTH.value}, vocabulary {_VOCAB.value}, medians of {_ROUNDS.value} rounds")
+    print("cpu s: processor seconds a step, all threads: steadier than the clock where the machine is shared")
     print(
-        f"{'size':8} {'dtype':9} {'who':15} {'tokens/s':>9} {'spread':>7} "
-        f"{'GFLOP/s':>8} {'of matmul':>9} {'vs torch':>8}"
+        f"{'size':8} {'dtype':9} {'who':15} {'tokens/s':>9} {'spread':>6} {'GFLOP/s':>8} {'of matmul':>9} "
+        f"{'cpu s':>8} {'cpu ratio':>9} {'vs torch':>8}"
     )
     for size in _SIZES.value:
         layers, width = map(int, size.split("x"))
         for dtype in _DTYPES.value:
-            ours, flops = our_step(layers, width, dtype, tokens)
-            contestants = {"lm": ours}
-            if has_torch:
-                contestants["torch eager"] = their_step(layers, width, dtype, tokens, False)
-                if _COMPILE.value:
-                    contestants["torch compiled"] = their_step(layers, width, dtype, tokens, True)
-            for run in contestants.values():
-                run()
-            times: dict[str, list[float]] = {name: [] for name in contestants}
-            peaks = []
-            for _ in range(_ROUNDS.value):
-                for name, run in contestants.items():
-                    times[name].append(_time(run) / _STEPS.value)
-                peaks.append(matmul_flops(dtype))
-            peak = statistics.median(peaks)
-            for name, seconds in times.items():
-                middle = statistics.median(seconds)
-                ratio = statistics.median(
-                    t / s for t, s in zip(times.get("torch eager", seconds), seconds, strict=True)
-                )
-                print(
-                    f"{size:8} {dtype:9} {name:15} {_BATCH.value * _LENGTH.value / middle:9,.0f} "
-                    f"{(max(seconds) - min(seconds)) / middle:6.0%} "
-                    f"{flops / middle / 1e9:8.1f} {flops / middle / peak:9.1%} "
-                    f"{ratio if has_torch else float('nan'):8.2f}",
-                    flush=True,
-                )
+            measure(layers, width, dtype, tokens)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,8 @@ class Experiment:
       batch_size: rows per update, over all devices and microbatches.
       num_microbatches: pieces a batch is cut into to save memory; the result is that of one batch.
       seed: seeds initialisation and dropout (the data has its own seed).
-      init_from: workdir of another run whose parameters to start from; weights only.
+      init_from: workdir of another run, or Hugging Face checkpoint folder, whose parameters to start from; weights
+        only.
       evaluation: held-out evaluation inside the loop.
       checkpoint: when to save and what to keep.
       logging: what to write down.
@@ -170,10 +171,24 @@ class Experiment:
         found += self.optimizer.problems(self.num_steps)
         if self.num_microbatches > 0 and self.batch_size % self.num_microbatches:
             found.append(f"num_microbatches {self.num_microbatches} does not divide batch_size {self.batch_size}")
-        found += self.clashes()
+        found += self.clashes() + self._keeping_clashes()
         if self.init_from is not None and not os.path.isdir(self.init_from):
             found.append(f"init_from: no directory {self.init_from}")
         return [line if line.startswith("config") else f"config.{line}" for line in found]
+
+    def _keeping_clashes(self) -> list[str]:
+        """What would leave checkpoint.keep_best nothing to choose by."""
+        every, best = self.evaluation.every, self.checkpoint.keep_best
+        if best < 1:
+            return []
+        if not self.data.validation_fraction:
+            return [f"checkpoint.keep_best {best} chooses by held-out loss, and data.validation_fraction is 0"]
+        if every is None or (every > 0 and self.checkpoint.every % every):
+            return [
+                f"checkpoint.keep_best {best} chooses among checkpoints with a held-out loss: make checkpoint.every "
+                f"{self.checkpoint.every} a multiple of evaluation.every, which is {'none' if every is None else every}"
+            ]
+        return []
 
     def clashes(self) -> list[str]:
         """Returns one sentence for each pair of settings, of the model, the objective or the data, that do not fit.

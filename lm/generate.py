@@ -4,8 +4,6 @@ One prompt is written as its text is made; several (or several samples) are made
 are also read from a file, or from standard input with --prompt_file=-, one a line.
 """
 
-import dataclasses
-import pathlib
 import sys
 
 from absl import flags
@@ -43,23 +41,21 @@ def main(_: list[str]) -> int:
         raise ConfigError("give --workdir=FOLDER of a trained run")
     prompts = [prompt for prompt in _read_prompts() for _ in range(_NUM_SAMPLES.value)]
     from lm.decoding import Sampling, build_decoder, complete_texts, fit_max_tokens, stream_text
-    from lm.parallel import MeshConfig
     from lm.training.assembly import load_run
-    from lm.training.workdir import read_config
 
     sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
     if problems := sampling.problems():
         raise ConfigError("; ".join(f"--{problem}" for problem in problems))
-    # Parameters spread over whatever devices are here, which need not be those of the training.
-    experiment = dataclasses.replace(read_config(pathlib.Path(_WORKDIR.value)), mesh=MeshConfig(data=1, fsdp=-1))
-    run = load_run(_WORKDIR.value, _STEP.value, experiment)
+    run = load_run(_WORKDIR.value, _STEP.value)
     most = fit_max_tokens(run.model, run.tokenizer, prompts, most=256)
     most = most if _MAX_TOKENS.value is None else _MAX_TOKENS.value
-    decoder = build_decoder(run.model, run.tokenizer, experiment.objective.traits, sampling, most)
+    decoder = build_decoder(run.model, run.tokenizer, run.experiment.objective.traits, sampling, most)
     with run.assembly.placed():
         if len(prompts) == 1:
-            print(prompts[0], end="", flush=True)
-            for piece in stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value):
+            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value)
+            # The first piece is made before anything is printed: a prompt that is too long is refused there.
+            print(prompts[0] + next(pieces), end="", flush=True)
+            for piece in pieces:
                 print(piece, end="", flush=True)
             print()
             return 0

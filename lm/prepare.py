@@ -57,7 +57,8 @@ def main(_: list[str]) -> None:
     if _OUTPUT.value is None:
         raise ConfigError("give --output=FOLDER for what is made, or --inspect=TOKENIZER to look at one")
     if problems := config.problems():
-        raise ConfigError("\n".join(problem.replace("data.tokenizer.", "--") for problem in problems))
+        shown = [problem.replace("data.tokenizer.", "--").replace("data.source:", "--input:") for problem in problems]
+        raise ConfigError("\n".join(shown))
     if not _TOKENIZE.value:
         tokenizer = preparation.train_tokenizer(config, _OUTPUT.value)
         print("\n".join([f"wrote {_OUTPUT.value}", *preparation.describe_tokenizer(tokenizer, _TEXT.value)]))

@@ -28,9 +28,10 @@ def main(_: list[str]) -> int:
     experiment.validate()
     # Only now the parts that start the devices.
     from lm.evaluation.heldout import make_evaluate
+    from lm.interop import import_params
     from lm.training.loop import EXIT_PREEMPTED, train
 
-    finished = train(experiment, _WORKDIR.value, make_evaluate, force_config=_FORCE.value)
+    finished = train(experiment, _WORKDIR.value, make_evaluate, force_config=_FORCE.value, import_params=import_params)
     return 0 if finished else EXIT_PREEMPTED
 
 

@@ -40,3 +40,20 @@ def trained(corpus, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "trained"
     assert train(tiny(corpus), str(workdir), make_evaluate)
     return workdir
+
+
+# Cheap rooms first, so that a slip shows in seconds; what starts processes or trains comes last.
+ORDER = ("test_", "objectives", "data", "optim", "parallel", "training", "evaluation", "decoding", "models", "interop")
+LAST = ("test_cells.py", "benchmarks", "system")
+
+
+def pytest_collection_modifyitems(items):
+    here = pathlib.Path(__file__).parent
+
+    def rank(item):
+        room = item.path.relative_to(here).parts[0]
+        if room in LAST:
+            return len(ORDER) + 1 + LAST.index(room)
+        return next((number for number, name in enumerate(ORDER) if room.startswith(name)), len(ORDER))
+
+    items.sort(key=rank)

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import pytest
 
-from configs import gpt2, llama3
+from configs import deepseek_v3, gpt2, llama3, mixtral, qwen3_moe, switch
 from lm import config as configs
 from lm.experiment import Experiment
 
@@ -42,6 +42,17 @@ def test_unknown_variant_is_refused(path):
         (llama3, "1b", 1_235_814_400),
         (llama3, "8b", 8_030_261_248),
         (llama3, "70b", 70_553_706_496),
+        # The released checkpoints; Jiang et al. 2024 say 47B, Qwen3's report 30.5B and 235B, DeepSeek-V3's 671B.
+        (mixtral, "8x7b", 46_702_792_704),
+        (mixtral, "8x22b", 140_630_071_296),
+        (qwen3_moe, "30b", 30_532_122_624),
+        (qwen3_moe, "235b", 235_093_634_560),
+        (deepseek_v3, "671b", 671_026_419_200),
+        (switch, "base_8", 619_339_008),
+        # Fedus et al. 2022, table 9, say 7.4B, 26.3B and 1,571B.
+        (switch, "base_128", 7_415_217_408),
+        (switch, "large_128", 26_309_291_008),
+        (switch, "c_2048", 1_571_308_972_448),
     ],
 )
 def test_published_parameter_counts(module, variant, count):
@@ -49,6 +60,23 @@ def test_published_parameter_counts(module, variant, count):
     assert model.num_parameters() == count
     # Counted without allocating: the same from the shapes of what init would make.
     assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(model.build().axes()))
+
+
+@pytest.mark.parametrize(
+    ("module", "variant", "billions"),
+    [
+        # Jiang et al. 2024, section 1; Mistral's announcement of 8x22B; Qwen3's and DeepSeek-V3's reports.
+        (mixtral, "8x7b", 12.9),
+        (mixtral, "8x22b", 39.2),
+        (qwen3_moe, "30b", 3.35),
+        (qwen3_moe, "235b", 22.2),
+        (deepseek_v3, "671b", 37.6),
+        # As T5-Base, which it is matched to (Fedus et al. 2022, table 9: 0.223B).
+        (switch, "base_8", 0.223),
+    ],
+)
+def test_published_active_parameters(module, variant, billions):
+    assert module.get_model(variant).num_active_parameters() / 1e9 == pytest.approx(billions, rel=5e-3)
 
 
 def test_every_field_is_documented():

@@ -290,9 +290,9 @@ class SinglePass:
 def _check_identity(expected: State, state: State) -> None:
     for name, value in expected.items():
         if state.get(name) != value:
-            raise ValueError(
+            raise DataError(
                 f"the data state was saved with {name} {state.get(name)}, now it is {value}: the same batches cannot "
-                "follow; start a new run from the weights instead"
+                "follow; start a new run from the weights with --config.init_from"
             )
 
 

@@ -5,6 +5,9 @@ imported when the first batch is asked for, because Grain imports jax. Law: what
 reader gives, in order.
 """
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,9 +57,23 @@ class _OpenAt:
         self._plan, self._first, self._stop, self._state = plan, first, stop, state
 
     def __call__(self) -> Reader:
+        _end_with_parent()
         reader = self._plan.open(self._first, self._stop)
         reader.set_state(self._state)
         return reader
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the program is gone: killed, it cannot end its workers, and Grain's wait forever."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def in_thread(plan: Plan, reader: Reader) -> Iterator[Item]:

@@ -241,7 +241,7 @@ class Files:
         try:
             self._find()
         except DataError as error:
-            return [str(error)]
+            return [f"data.source: {error}"]
         return []
 
     def _find(self) -> list[str]:
@@ -257,7 +257,7 @@ class Files:
                 raise DataError(f"{pattern}: no such file, folder or match for a glob")
             found.update(map(os.path.abspath, matches))
         if not found:
-            raise DataError("data.sources: Files has no paths")
+            raise DataError("Files has no paths")
         return sorted(found)
 
     def open(self) -> TextCorpus:
@@ -291,7 +291,8 @@ class Tokenized:
     def problems(self) -> list[str]:
         """Returns one sentence for each reason why this source cannot be read."""
         if not tokenized.is_tokenized(self.directory):
-            return [f"{self.directory}: no {tokenized.INDEX}, this is not a folder that lm.prepare --tokenize wrote"]
+            missing = f"no {tokenized.INDEX}, this is not a folder that lm.prepare --tokenize wrote"
+            return [f"data.source: {self.directory}: {missing}"]
         return []
 
     def open(self) -> tokenized.TokenizedCorpus:

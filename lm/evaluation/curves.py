@@ -40,6 +40,12 @@ def load_history(workdir: pathlib.Path, name: str | None = None) -> History:
     return History(name or workdir.name, train, validation)
 
 
+def _points(lines: list[dict[str, Any]], value: str) -> tuple[list[int], list[float]]:
+    """Steps and figures of the lines that have it: speeds are not in the first, nor most figures in held-out lines."""
+    found = [(line["step"], float(line[value])) for line in lines if value in line]
+    return [step for step, _ in found], [figure for _, figure in found]
+
+
 def draw_curves(histories: list[History], file: pathlib.Path, value: str = "bits_per_byte") -> None:
     """Draws training (thin) and held-out (dots) curves of all runs into one PNG.
 
@@ -57,12 +63,11 @@ def draw_curves(histories: list[History], file: pathlib.Path, value: str = "bits
     for number, history in enumerate(histories):
         colour = f"C{number % 10}"
         label = f"{history.name}, training" if len(histories) == 1 else history.name
-        steps = [line["step"] for line in history.train]
-        axis.plot(steps, [line[value] for line in history.train], color=colour, linewidth=1, alpha=0.8, label=label)
-        if history.validation:
-            held_out = [line[value] for line in history.validation]
+        axis.plot(*_points(history.train, value), color=colour, linewidth=1, alpha=0.8, label=label)
+        steps, held_out = _points(history.validation, value)
+        if held_out:
             axis.plot(
-                [line["step"] for line in history.validation],
+                steps,
                 held_out,
                 "o-",
                 color=colour if len(histories) > 1 else "C1",

@@ -4,7 +4,7 @@ from typing import Any
 
 from lm.interop.bert import embedding_rows, read_encoder, write_encoder
 from lm.interop.family import Config, Family, Fields, attention, linear, norm, row
-from lm.models.encoder import Encoder
+from lm.models import Encoder
 
 LAYER, OURS = "albert.encoder.albert_layer_groups.0.albert_layers.0", "encoder/stack/layers/block_0"
 ROWS = (

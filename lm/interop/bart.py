@@ -4,11 +4,7 @@ from typing import Any
 
 from lm.interop.bert import ACTIVATIONS
 from lm.interop.family import Config, Family, Fields, Row, attention, linear, norm, row
-from lm.models.encdec import EncoderDecoder
-from lm.models.layers import LayerNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Learned
+from lm.models import EncoderDecoder, LayerNorm, Learned, Mlp, MultiHead
 
 HEADS = ("q_proj", "k_proj", "v_proj", "out_proj")
 # Rows of the table of positions before that of position 0.

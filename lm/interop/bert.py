@@ -7,12 +7,7 @@ unless a classifier of sentence pairs comes with it.
 from typing import Any
 
 from lm.interop.family import Config, Family, Fields, Row, attention, linear, norm, row
-from lm.models.encoder import Encoder
-from lm.models.heads import HeadTransform
-from lm.models.layers import LayerNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Learned
+from lm.models import Encoder, HeadTransform, LayerNorm, Learned, Mlp, MultiHead
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 LEGACY = ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias"))

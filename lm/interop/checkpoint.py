@@ -18,6 +18,8 @@ from lm.batch import SpecialTokens
 from lm.interop.albert import ALBERT
 from lm.interop.bart import BART
 from lm.interop.bert import BERT, ROBERTA
+from lm.interop.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from lm.interop.experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from lm.interop.family import Config, Entry, Family, Fields, expand
 from lm.interop.gemma import GEMMA, GEMMA2, GEMMA3
 from lm.interop.gpt2 import GPT2
@@ -27,12 +29,13 @@ from lm.interop.meaning import differences
 from lm.interop.modernbert import MODERNBERT
 from lm.interop.t5 import T5
 from lm.interop.tensors import Dtype, InteropError, Tensors, new_folder, read_json, tensor_names, write_tensors
-from lm.models.model import path_name
+from lm.models import path_name
 from lm.models.transformer import Transformer
 
 # Where several can express a config, the first writes it.
 FAMILIES: tuple[Family, ...] = (
     *(GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GEMMA3),
+    *(MIXTRAL, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V2, DEEPSEEK_V3),
     *(BERT, ROBERTA, ALBERT, MODERNBERT, T5, BART),
 )
 
@@ -140,6 +143,11 @@ def load_params(folder: str | pathlib.Path, config: Transformer | None = None) -
     return _nest(leaves)
 
 
+def import_params(folder: str, config: Transformer) -> dict[str, Any] | None:
+    """Returns the parameters of a checkpoint folder as `load_params` does; None if the folder is no such checkpoint."""
+    return load_params(folder, config) if is_checkpoint(folder) else None
+
+
 def _match(family: Family, folder: pathlib.Path, entries: list[Entry], tensors: Tensors) -> dict[str, str]:
     """Returns the name in the files of each entry's tensor; checks that none is missing, left over or misshapen."""
     there = {_current(family, name): name for name in tensors.names}
@@ -155,7 +163,7 @@ def _match(family: Family, folder: pathlib.Path, entries: list[Entry], tensors: 
         raise InteropError(f"{folder} holds {_listed(extra)}, which its {CONFIG} has no place for")
     names = {name: there[found] for name, found in names.items()}
     for entry in entries:
-        expected, found = entry.layout.their_shape(entry.shapes), tensors.shape(names[entry.name])
+        expected, found = entry.their_shape(), tensors.shape(names[entry.name])
         if expected != found:
             wrong = f"the tensor {names[entry.name]} has shape {list(found)}"
             raise InteropError(f"{folder}: {wrong}, but {CONFIG} asks for {list(expected)}")
@@ -177,7 +185,7 @@ def _listed(names: list[str]) -> str:
 
 def _fill(leaves: dict[str, np.ndarray], entry: Entry, name: str, tensors: Tensors, folder: pathlib.Path) -> None:
     try:
-        parts = entry.layout.split(tensors.read(name), entry.shapes)
+        parts = entry.split(tensors.read(name))
     except LayoutError as error:
         raise InteropError(f"{folder}: the tensor {name} {error}") from error
     for (path, index), part in zip(entry.parts, parts, strict=True):
@@ -201,7 +209,7 @@ def save(
       config: of the model.
       params: its parameters; each tensor is brought to the host when it is written.
       tokenizer_dir: folder whose tokenizer files are copied, byte for byte.
-      specials: ids for config.json's bos, eos and pad; None leaves them null.
+      specials: ids for config.json's bos (with which a decoder starts), eos and pad; None leaves them null.
       dtype: of the tensors in the files.
       shard_bytes: size from which tensors are spread over several files.
 
@@ -222,12 +230,14 @@ def save(
 
     def make(name: str) -> np.ndarray:
         entry = by_name[name]
-        return entry.layout.merge([np.asarray(jax.device_get(leaves[path][index])) for path, index in entry.parts])
+        return entry.merge([np.asarray(jax.device_get(leaves[path][index])) for path, index in entry.parts])
 
+    if specials is not None and specials.bos is not None and "decoder_start_token_id" in fields:
+        fields = {**fields, "decoder_start_token_id": specials.bos}
     with new_folder(pathlib.Path(folder)) as partial:
         text = json.dumps({**_header(family, specials, dtype), **fields}, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
-        shapes = {name: entry.layout.their_shape(entry.shapes) for name, entry in by_name.items()}
+        shapes = {name: entry.their_shape() for name, entry in by_name.items()}
         write_tensors(partial, shapes, make, dtype, shard_bytes)
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, partial)

@@ -9,9 +9,12 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from lm.interop.layouts import Layout, parse_layout
 from lm.interop.tensors import InteropError
-from lm.models.transformer import Layer, Transformer
+from lm.models import Layer
+from lm.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Row:
       equation: how axes correspond (`lm.interop.layouts`); empty where they are the same.
       unless: path of a leaf with which the row does not apply (their tensor has another name then), or "".
       beside: path of a leaf without which it does not, or "".
+      rotated: path of the leaf whose last axis ends in rotated channels, which they keep as pairs side by side, or "".
     """
 
     theirs: str
@@ -31,6 +35,7 @@ class Row:
     equation: str = ""
     unless: str = ""
     beside: str = ""
+    rotated: str = ""
 
     def at(self, place: str, layer: int) -> "Row":
         """Returns the row of one layer, whose leaves are below `place`."""
@@ -39,7 +44,8 @@ class Row:
             return path.replace("{layer}", place)
 
         theirs = self.theirs.replace("{layer}", str(layer))
-        return Row(theirs, tuple(map(put, self.ours)), self.equation, put(self.unless), put(self.beside))
+        conditions = map(put, (self.unless, self.beside, self.rotated))
+        return Row(theirs, tuple(map(put, self.ours)), self.equation, *conditions)
 
     def applies(self, leaves: Collection[str]) -> bool:
         """Returns whether a model with these leaves has the tensor."""
@@ -47,9 +53,9 @@ class Row:
         return there and self.unless not in leaves and (not self.beside or self.beside in leaves)
 
 
-def row(theirs: str, *ours: str, equation: str = "", unless: str = "", beside: str = "") -> Row:
+def row(theirs: str, *ours: str, equation: str = "", unless: str = "", beside: str = "", rotated: str = "") -> Row:
     """Writes a row; see `Row`. With several leaves the equation says along which letter they are joined."""
-    return Row(theirs, ours, equation, unless, beside)
+    return Row(theirs, ours, equation, unless, beside, rotated)
 
 
 def linear(theirs: str, ours: str, kernel: str = "Y X -> X Y", bias: str = "") -> tuple[Row, Row]:
@@ -172,12 +178,44 @@ class Entry:
       parts: (path of the leaf, index into its leading axes) of each part.
       shapes: shape of each part.
       layout: how axes correspond.
+      rotated: for each part, how many channels at the end of its last axis are pairs side by side in their tensor,
+        and half of them apart in ours.
     """
 
     name: str
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     shapes: tuple[tuple[int, ...], ...]
     layout: Layout
+    rotated: tuple[int, ...]
+
+    def their_shape(self) -> tuple[int, ...]:
+        """Returns the shape of their tensor."""
+        return self.layout.their_shape(self.shapes)
+
+    def split(self, theirs: np.ndarray) -> list[np.ndarray]:
+        """Returns each part of their tensor, as we hold it; raises LayoutError."""
+        parts = self.layout.split(theirs, self.shapes)
+        return [part_pairs(part, count) for part, count in zip(parts, self.rotated, strict=True)]
+
+    def merge(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Returns their tensor; undoes `split`."""
+        return self.layout.merge([join_pairs(part, count) for part, count in zip(parts, self.rotated, strict=True)])
+
+
+def part_pairs(x: np.ndarray, count: int) -> np.ndarray:
+    """Moves the last `count` channels from pairs side by side (0, 1), (2, 3), ... to pairs half of them apart."""
+    if not count:
+        return x
+    kept, rotated = np.split(x, [x.shape[-1] - count], axis=-1)
+    return np.concatenate([kept, rotated[..., 0::2], rotated[..., 1::2]], axis=-1)
+
+
+def join_pairs(x: np.ndarray, count: int) -> np.ndarray:
+    """Undoes `part_pairs`."""
+    if not count:
+        return x
+    kept, first, second = np.split(x, [x.shape[-1] - count, x.shape[-1] - count // 2], axis=-1)
+    return np.concatenate([kept, np.stack([first, second], axis=-1).reshape(*x.shape[:-1], count)], axis=-1)
 
 
 def expand(rows: Sequence[Row], config: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
@@ -200,32 +238,36 @@ def expand(rows: Sequence[Row], config: Transformer, shapes: Mapping[str, tuple[
 
 
 def _expand_row(each: Row, config: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
+    width = config.attention.rotated_width(config) if each.rotated else 0
     if "{layer}" not in each.ours[0]:
-        return _expand_experts(each, (), shapes)
+        return _expand_experts(each, (), shapes, width)
     depth = config.encoder_depth if each.ours[0].startswith("encoder/") else config.decoder_depth
     return [
         entry
         for layer, (run, block, repeat) in enumerate(config.layer_places(depth))
-        for entry in _expand_experts(each.at(f"{run}/{block}", layer), (repeat,), shapes)
+        for entry in _expand_experts(each.at(f"{run}/{block}", layer), (repeat,), shapes, width)
     ]
 
 
-def _expand_experts(each: Row, index: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> list[Entry]:
+def _expand_experts(
+    each: Row, index: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], width: int
+) -> list[Entry]:
     if not each.applies(shapes):
         return []
     if "{expert}" not in each.theirs:
-        return [_entry(each.theirs, each, index, shapes)]
-    count = shapes[each.ours[0]][len(index)]
+        return [_entry(each.theirs, each, index, shapes, width)]
     return [
-        _entry(each.theirs.replace("{expert}", str(expert)), each, (*index, expert), shapes) for expert in range(count)
+        _entry(each.theirs.replace("{expert}", str(expert)), each, (*index, expert), shapes, width)
+        for expert in range(shapes[each.ours[0]][len(index)])
     ]
 
 
-def _entry(name: str, each: Row, index: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> Entry:
+def _entry(name: str, each: Row, index: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]], width: int) -> Entry:
     inner = tuple(shapes[path][len(index) :] for path in each.ours)
     letters = " ".join("ABCDEFGH"[: len(inner[0])])
     layout = parse_layout(each.equation or f"{letters} -> {letters}")
-    return Entry(name, tuple((path, index) for path in each.ours), inner, layout)
+    rotated = tuple(width if path == each.rotated else 0 for path in each.ours)
+    return Entry(name, tuple((path, index) for path in each.ours), inner, layout, rotated)
 
 
 def fold_layers(layers: Sequence[Layer]) -> dict[str, tuple[Layer, ...]]:

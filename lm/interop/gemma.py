@@ -11,12 +11,7 @@ from lm.interop.family import Config, Family, Fields, fold_layers, norm
 from lm.interop.llama import ATTENTION, EMBEDDINGS, IGNORED, LAYER, NORMS, OURS, mlp_rows, read_decoder, write_decoder
 from lm.interop.meaning import unfold_layers
 from lm.interop.rotary import read_rotary
-from lm.models.decoder import Decoder
-from lm.models.layers import RMSNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Rotary
-from lm.models.transformer import Layer
+from lm.models import Decoder, Layer, Mlp, MultiHead, RMSNorm, Rotary
 
 SANDWICH = (
     *norm(f"{LAYER}.input_layernorm", f"{OURS}/attention_norm"),

@@ -3,11 +3,7 @@
 from typing import Any
 
 from lm.interop.family import Config, Family, Fields, norm, row
-from lm.models.decoder import Decoder
-from lm.models.layers import LayerNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Learned
+from lm.models import Decoder, LayerNorm, Learned, Mlp, MultiHead
 
 LAYER, OURS = "transformer.h.{layer}", "decoder/stack/{layer}"
 QKV = (f"{OURS}/attention/query", f"{OURS}/attention/key", f"{OURS}/attention/value")

@@ -10,12 +10,7 @@ from typing import Any
 from lm.interop.family import Config, Family, Fields, Row, attention, fold_layers, linear, norm, row
 from lm.interop.meaning import unfold_layers
 from lm.interop.rotary import read_rotary, write_rotary
-from lm.models.decoder import Decoder
-from lm.models.layers import RMSNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Rotary
-from lm.models.transformer import Layer
+from lm.models import Decoder, Layer, Mlp, MultiHead, RMSNorm, Rotary
 
 LAYER, OURS = "model.layers.{layer}", "decoder/stack/{layer}"
 EMBEDDINGS = (
@@ -75,7 +70,7 @@ def write_decoder(config: Any) -> Fields | None:
     if not isinstance(config.positions, Rotary) or not isinstance(config.attention, MultiHead):
         return None
     activation = getattr(config.mlp, "activation", None)
-    names = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
+    names: dict[Any, str] = {ours: theirs for theirs, ours in ACTIVATIONS.items()}
     return {
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,

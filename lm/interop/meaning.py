@@ -5,13 +5,12 @@ give the same logits.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from lm import config as configs
-from lm.models.attention import Plain
-from lm.models.encdec import EncoderDecoder
-from lm.models.layers import NormalInitializer
-from lm.models.transformer import Layer, Transformer
+from lm.models import Dropless, EncoderDecoder, Layer, Mlp, NormalInitializer, Plain
+from lm.models.transformer import Transformer
 
 # Fields that change how a model is computed or trained, at any depth, and what they are set to.
 _RUNNING: dict[str, Any] = {
@@ -21,6 +20,12 @@ _RUNNING: dict[str, Any] = {
     "initializer": NormalInitializer(),
     "dropout_rate": 0.0,
     "kernel": Plain(),
+    "dispatch": Dropless(),
+    "load_balance": 0.0,
+    "balance_rows": False,
+    "z_loss": 0.0,
+    "jitter": 0.0,
+    "step": 0.0,
 }
 
 
@@ -43,7 +48,7 @@ def meaning(config: Transformer) -> Transformer:
         dataclasses.replace(layer, positions=layer.positions or plain.positions, mlp=_mlp(layer, plain))
         for layer in layers
     )
-    return dataclasses.replace(plain, layers=each, first_layers=())
+    return dataclasses.replace(plain, layers=each, first_layers=(), mlp=Mlp())
 
 
 def _mlp(layer: Layer, config: Transformer) -> Any:
@@ -64,4 +69,9 @@ def _plain(config: Any) -> Any:
 
 def differences(ours: Transformer, theirs: Transformer) -> list[str]:
     """Returns one line "config.FIELD: OURS -> THEIRS" for each field in which two models differ in meaning."""
-    return configs.differences(configs.to_json(meaning(ours)), configs.to_json(meaning(theirs)), "config.model")
+    lines = configs.differences(configs.to_json(meaning(ours)), configs.to_json(meaning(theirs)), "config.model")
+    # What is the same in many layers is said once.
+    seen: dict[str, list[str]] = {}
+    for line in lines:
+        seen.setdefault(re.sub(r"^config\.model\.layers\.\d+\.", "config.model.layers.*.", line), []).append(line)
+    return [same[0] if len(same) == 1 else f"{line} ({len(same)} layers)" for line, same in seen.items()]

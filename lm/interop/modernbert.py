@@ -5,13 +5,7 @@ from typing import Any
 from lm.interop.family import FROM_HEADS, Config, Family, Fields, fold_layers, linear, norm, row
 from lm.interop.meaning import unfold_layers
 from lm.interop.rotary import read_rotary
-from lm.models.encoder import Encoder
-from lm.models.heads import HeadTransform
-from lm.models.layers import LayerNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Rotary
-from lm.models.transformer import Layer
+from lm.models import Encoder, HeadTransform, Layer, LayerNorm, Mlp, MultiHead, Rotary
 
 LAYER, OURS = "model.layers.{layer}", "encoder/stack/{layer}"
 QKV = (f"{OURS}/attention/query", f"{OURS}/attention/key", f"{OURS}/attention/value")

@@ -6,8 +6,7 @@ Knows `rope_theta`, `rope_scaling` and `rope_parameters`, and no architecture.
 from typing import Any
 
 from lm.interop.family import Config, Fields
-from lm.models.positions import Rotary
-from lm.models.rope import LinearScaling, Llama3Scaling, YarnScaling
+from lm.models import LinearScaling, Llama3Scaling, Rotary, YarnScaling
 
 
 def read_rotary(config: Config, kind: str | None = None, theta: float = 10_000.0) -> Rotary:

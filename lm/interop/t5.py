@@ -7,11 +7,7 @@ output matrix of its own. Since transformers 5 no field says which: the tensors 
 from typing import Any
 
 from lm.interop.family import Config, Family, Fields, Row, attention, linear, row
-from lm.models.encdec import EncoderDecoder
-from lm.models.layers import RMSNorm
-from lm.models.mlp import Mlp
-from lm.models.multihead import MultiHead
-from lm.models.positions import Bucketed
+from lm.models import Bucketed, EncoderDecoder, Mlp, MultiHead, RMSNorm
 
 
 def _tower(tower: str, mlp: int) -> tuple[Row, ...]:
@@ -51,7 +47,7 @@ def read(config: Config) -> EncoderDecoder:
     if gated not in ("", "gated") or name not in ACTIVATIONS:
         raise config.refuse("feed_forward_proj", f"known are {', '.join(ACTIVATIONS)}, and gated- before each")
     # "gated-gelu" has always meant the approximation.
-    activation = "gelu_tanh" if gated and name == "gelu" else ACTIVATIONS[name]
+    activation: Any = "gelu_tanh" if gated and name == "gelu" else ACTIVATIONS[name]
     ties = config.get("tie_word_embeddings", True)
     dropout = config.get("dropout_rate", 0.1)
     return EncoderDecoder(

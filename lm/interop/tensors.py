@@ -198,10 +198,12 @@ def _write_file(
         out.write(len(text).to_bytes(8, "little"))
         out.write(text)
         for name, shape in shapes.items():
-            array = np.ascontiguousarray(make(name).astype(held, copy=False))
+            array = make(name)
             if array.shape != shape:
                 raise ValueError(f"{name} has shape {array.shape}, not {shape}")
-            out.write(array.reshape(-1).view(np.uint8).data)
+            out.write(np.ascontiguousarray(array.astype(held, copy=False)).reshape(-1).view(np.uint8).data)
+            # Else it would live until the next one is made.
+            del array
 
 
 @contextlib.contextmanager

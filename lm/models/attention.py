@@ -175,9 +175,11 @@ class Plain:
             weights_BKGTS = jax.nn.softmax(jnp.concatenate([scores_BKGTS, sinks], axis=-1), axis=-1)[..., :-1]
         else:
             weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-        weights_BKGTS = jnp.where(allowed, weights_BKGTS, 0.0)
         weights_BKGTS = dropout(weights_BKGTS, scoring.dropout_rate, scoring.key)
-        return _ungroup(scoring.read(weights_BKGTS, v_BSKH, layout, q_BTNH.dtype), q_BTNH.dtype)
+        out_BTKGH = scoring.read(weights_BKGTS, v_BSKH, layout, q_BTNH.dtype)
+        # Hidden keys have weight exp(MASKED - largest) = 0, but for a query that may read none: it gets zeros here.
+        reads_B11T1 = jnp.any(allowed, axis=-1, keepdims=True)
+        return _ungroup(jnp.where(reads_B11T1, out_BTKGH, 0.0), q_BTNH.dtype)
 
     def problems(self, dropout_rate: float) -> list[str]:
         """Returns no problem: this kernel computes everything."""

@@ -6,6 +6,7 @@ metrics)`; losses and metrics are dicts of WeightedSum, empty here.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -33,6 +34,17 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
 }
 
 MlpResult = tuple[jax.Array, dict[str, WeightedSum], dict[str, WeightedSum]]
+
+
+@functools.partial(jax.checkpoint, static_argnums=0)
+def _activated(name: Activation, up_BTF: jax.Array, gate_BTF: jax.Array | None = None) -> jax.Array:
+    """Applies the activation, to the gate if there is one, in float32 with one rounding at the end.
+
+    The backward pass keeps what comes in and none of the steps between.
+    """
+    activate, wide_BTF = ACTIVATIONS[name], up_BTF.astype(jnp.float32)
+    hidden_BTF = activate(wide_BTF) if gate_BTF is None else activate(gate_BTF.astype(jnp.float32)) * wide_BTF
+    return hidden_BTF.astype(up_BTF.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,14 +93,12 @@ class MlpLayer(nn.Module):
         """Returns [B, T, D] and no losses or metrics."""
         mlp, config = self.mlp, self.config
         sizes = (("F", mlp.dim or config.mlp_dim),)
-        activate = ACTIVATIONS[mlp.activation]
         up_BTF = Einsum("BTD,DF->BTF", config, mlp.use_bias, sizes=sizes, scale=self.gain, name="up")(x_BTD)
         if mlp.gated:
             gate = Einsum("BTD,DF->BTF", config, mlp.use_bias, sizes=sizes, scale=self.gain, name="gate")
-            gate_BTF = gate(x_BTD)
-            hidden_BTF = activate(gate_BTF) * up_BTF
+            hidden_BTF = _activated(mlp.activation, up_BTF, gate(x_BTD))
         else:
-            hidden_BTF = activate(up_BTF)
+            hidden_BTF = _activated(mlp.activation, up_BTF)
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "activation_mlp")
         hidden_BTF = dropout(hidden_BTF, mlp.dropout_rate, fold(context.key, 0))
         down = Einsum("BTF,FD->BTD", config, mlp.use_bias, residual=True, sizes=sizes, scale=self.gain, name="down")

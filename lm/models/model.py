@@ -36,8 +36,8 @@ class Output(NamedTuple):
         weight and added to the objective's.
       metrics: what is worth logging.
       cache: the cache with this batch appended, or None.
-      statistics: what layers counted for `Model.after_update`, at the paths of the parameters that it is for; empty for
-        most models. Those of microbatches are to be added.
+      statistics: what layers counted for `Model.after_update`, at the paths of the parameters that it is for; None or
+        empty for most models. Those of microbatches are to be added.
     """
 
     hidden: jax.Array
@@ -45,7 +45,7 @@ class Output(NamedTuple):
     losses: dict[str, WeightedSum]
     metrics: dict[str, WeightedSum]
     cache: Cache | None
-    statistics: Parameters
+    statistics: Parameters | None = None
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -147,7 +147,7 @@ class Model:
         logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
         return Output(hidden_BTD, logits_BTV, losses, metrics, cache, {**encoder_statistics, **statistics})
 
-    def after_update(self, old: Parameters, new: Parameters, statistics: Parameters) -> Parameters:
+    def after_update(self, old: Parameters, new: Parameters, statistics: Parameters | None) -> Parameters:
         """Sets the parameters that no gradient moves, by the rules of their descriptions.
 
         Args:
@@ -239,7 +239,8 @@ class Model:
     def _count(self, params: Parameters, *arguments: Any, method: Any = None) -> tuple[Any, Parameters]:
         """Calls the network and returns its result and the statistics of its layers."""
         network = Network(self.config)
-        result, state = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        called: Any = network.apply({"params": params}, *arguments, method=method, mutable=["statistics"])
+        result, state = called
         return result, dict(state.get("statistics", {}))
 
     def _call(self, params: Parameters, *arguments: Any, method: Any = None) -> Any:

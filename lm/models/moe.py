@@ -124,7 +124,7 @@ class MixtureLayer(nn.Module):
         counts_BE = balance.selection_counts(routing)
         if mixture.router.balancing is not None:
             counts_E = jnp.sum(counts_BE, axis=0)
-            self.sow("statistics", "router_bias", counts_E, init_fn=lambda: 0.0, reduce_fn=lambda old, new: old + new)
+            self.sow("statistics", "router_bias", counts_E, init_fn=lambda: jnp.zeros_like(counts_E), reduce_fn=jnp.add)
         losses = {}
         if mixture.load_balance:
             loss = balance.load_balance_loss(routing, counts_BE, per_row=mixture.balance_rows)

@@ -21,7 +21,7 @@ Product = Callable[[str, jax.Array, jax.Array, jnp.dtype], jax.Array]
 def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Computes the two-operand einsum with operands in `dtype`, accumulated in and returned as float32.
 
-    In bfloat16 the products of the backward pass have the same form: bfloat16 operands, float32 sums.
+    The products of the backward pass have the same form: operands in `dtype`, float32 sums.
     The gradient of a float32 operand (a parameter) therefore leaves its sum without another rounding.
 
     Args:
@@ -30,13 +30,11 @@ def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax
       y: second operand.
       dtype: float32 or bfloat16.
     """
-    if dtype == jnp.float32:
-        return jnp.einsum(equation, x.astype(dtype), y.astype(dtype))
-    return _contract_low(equation, jnp.dtype(dtype), x, y)
+    return _contract(equation, jnp.dtype(dtype), x, y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract_low(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
+def _contract(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         x.astype(dtype),
         y.astype(dtype),
@@ -46,19 +44,19 @@ def _contract_low(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -
 
 
 def _contract_forward(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-    return _contract_low(equation, dtype, x, y), (x, y)
+    return _contract(equation, dtype, x, y), (x, y)
 
 
 def _contract_backward(equation: str, dtype: jnp.dtype, saved: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, y = saved
     operands, result = equation.split("->")
     x_axes, y_axes = operands.split(",")
-    dx: jax.Array = _contract_low(f"{result},{y_axes}->{x_axes}", dtype, gradient, y)
-    dy: jax.Array = _contract_low(f"{x_axes},{result}->{y_axes}", dtype, x, gradient)
+    dx: jax.Array = _contract(f"{result},{y_axes}->{x_axes}", dtype, gradient, y)
+    dy: jax.Array = _contract(f"{x_axes},{result}->{y_axes}", dtype, x, gradient)
     return dx.astype(x.dtype), dy.astype(y.dtype)
 
 
-_contract_low.defvjp(_contract_forward, _contract_backward)
+_contract.defvjp(_contract_forward, _contract_backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The objectives: one file each. This page is the list of what the room offers, and all a config may choose from."""
 
+from typing import TypeAlias
+
 from lm.objectives.bart import BART as BART
 from lm.objectives.base import Context as Context
 from lm.objectives.base import Layout as Layout
@@ -40,7 +42,7 @@ from lm.objectives.ul2 import UL2_DENOISERS as UL2_DENOISERS
 from lm.objectives.ul2 import UL2R_DENOISERS as UL2R_DENOISERS
 from lm.objectives.ul2 import Denoiser as Denoiser
 
-SingleObjective = (
+SingleObjective: TypeAlias = (
     Causal
     | PrefixLM
     | FillInTheMiddle
@@ -55,4 +57,4 @@ SingleObjective = (
     | DropTokens
     | Deshuffle
 )
-AnyObjective = SingleObjective | Mixture
+AnyObjective: TypeAlias = SingleObjective | Mixture

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from lm import parallel
 from lm.batch import Batch
 from lm.config import ConfigError
-from lm.data import load_tokenizer
+from lm.data import Bytes, load_tokenizer
 from lm.experiment import Experiment, too_few_ids
 from lm.optim import build_optimizer
 from lm.training.checkpoints import restore_params
@@ -99,6 +99,20 @@ def check_vocabulary(experiment: Experiment, tokenizer: Any) -> None:
         found.append(too_few_ids(experiment.model.vocab_size, tokenizer.size))
     if found:
         raise ConfigError("\n".join(f"config: {line}" for line in found))
+
+
+def check_tokenizer(workdir: pathlib.Path, tokenizer: Any) -> None:
+    """Checks that the ids of a run whose weights are taken over mean what they will mean now.
+
+    Raises:
+      ConfigError: its tokenizer is another one.
+    """
+    folder = workdir / "tokenizer"
+    if folder.is_dir() and load_tokenizer(Bytes(), None, folder).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"config.init_from: the weights of {workdir} were trained with another tokenizer; use "
+            f"--config.data.tokenizer=Saved --config.data.tokenizer.directory={folder}"
+        )
 
 
 def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
@@ -183,13 +197,15 @@ def load_run(workdir: str, step: int | None = None, experiment: Experiment | Non
     Args:
       workdir: of the run.
       step: which checkpoint; None is the newest that can be read.
-      experiment: a config to use instead of the saved one (same model), for instance another mesh.
+      experiment: a config to use instead of the saved one (same model), for instance another mesh; None spreads
+        the parameters over whatever devices are here, which need not be those of the training.
 
     Raises:
       ConfigError: not the folder of a run. CheckpointError: no checkpoint that fits.
     """
     path = pathlib.Path(workdir).expanduser()
-    experiment = read_config(path) if experiment is None else experiment
+    if experiment is None:
+        experiment = dataclasses.replace(read_config(path), mesh=parallel.MeshConfig(data=1, fsdp=-1))
     use_compilation_cache(experiment.compilation_cache)
     tokenizer = load_tokenizer(experiment.data.tokenizer, None, path / "tokenizer")
     assembly = assemble(experiment, tokenizer)

@@ -111,7 +111,7 @@ class Checkpoints:
             try:
                 state, data = self._read(step, like)
             except Exception as error:  # Orbax and TensorStore raise many kinds; each is reported below
-                reason = str(error).strip().splitlines()[0][:200]
+                reason = _first_line(error)
                 logging.warning("checkpoint %d cannot be read (%s); trying the one before it", step, reason)
                 damaged.append(step)
                 reasons.append(f"{step}: {reason}")
@@ -157,6 +157,11 @@ class Checkpoints:
         self._manager.close()
 
 
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def _free_name(path: pathlib.Path) -> pathlib.Path:
     number = 0
     while path.exists():
@@ -190,8 +195,15 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
             try:
                 read = m.restore(candidate, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
             except Exception as error:  # as above: reported, then the one before it is tried
-                reasons.append(f"{candidate}: {str(error).strip().splitlines()[0][:200]}")
+                reasons.append(f"{candidate}: {_first_line(error)}")
                 logging.warning("checkpoint %s cannot be read", reasons[-1])
                 continue
             return candidate, read[item]
     raise CheckpointError(f"no checkpoint in {directory} fits this model; " + "; ".join(reasons))
+
+
+def save_params(workdir: pathlib.Path, params: Tree) -> None:
+    """Saves parameters alone as step 0, for `restore_params`: to be used or started from, not gone on with."""
+    directory = (workdir / "checkpoints").absolute()
+    with ocp.CheckpointManager(directory, item_names=ITEMS) as manager:
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.StandardSave(params)))

@@ -10,7 +10,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 # Generated classes, which type checkers cannot see.
@@ -53,17 +53,25 @@ class MetricsWriter:
           config: whether to write event files.
           first_step: number of updates done; later lines of an interrupted run are taken back.
         """
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._path = workdir / "metrics.jsonl"
+        self._file: TextIO = self._reopen(lambda line: line["step"] <= first_step)
         self._events = EventFileWriter(str(workdir / "tensorboard")) if config.tensorboard else None
         if self._events is not None and first_step:
             # Tells TensorBoard to forget what an interrupted run logged after this step.
             self._events.add_event(
                 Event(step=first_step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
             )
+
+    def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> TextIO:
+        if self._path.exists():
+            kept = [line for line in read_metrics(self._path) if is_kept(line)]
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        return self._path.open("a", encoding="utf-8")
+
+    def take_back(self, step: int, split: str) -> None:
+        """Takes back the line of a step that is measured again."""
+        self._file.close()
+        self._file = self._reopen(lambda line: (line["step"], line["split"]) != (step, split))
 
     def write(self, step: int, split: str, values: Mapping[str, float], **notes: str) -> None:
         """Writes one line; figures that are not finite are written as strings, so that the file stays JSON.
@@ -93,6 +101,11 @@ def _speed(tokens_per_second: float) -> str:
     return "" if math.isnan(tokens_per_second) else f"  {tokens_per_second:,.0f} tokens/s"
 
 
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours:02}:{rest // 60:02}:{rest % 60:02}"
+
+
 class Progress:
     """The terminal's view of a run: a bar on a terminal, a line now and then elsewhere."""
 
@@ -119,8 +132,7 @@ class Progress:
             self._shown = now
             left = (now - self._started) / max(step - self._first, 1) * (self._num_steps - step)
             print(
-                f"step {step}/{self._num_steps}  loss {loss:.4f}{_speed(tokens_per_second)}  "
-                f"{time.strftime('%H:%M:%S', time.gmtime(left))} left",
+                f"step {step}/{self._num_steps}  loss {loss:.4f}{_speed(tokens_per_second)}  {_duration(left)} left",
                 file=sys.stderr,
                 flush=True,
             )

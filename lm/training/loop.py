@@ -22,19 +22,22 @@ from lm.batch import WeightedSum
 from lm.config import UserError
 from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
-from lm.training.assembly import Assembly, assemble, check_batch_size, use_compilation_cache
+from lm.training.assembly import Assembly, assemble, check_batch_size, check_tokenizer, use_compilation_cache
 from lm.training.checkpoints import Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
 from lm.training.meter import Meter
-from lm.training.state import TrainState, Tree
+from lm.training.state import TrainState, Tree, place
 from lm.training.step import TrainMetrics, make_train_step
-from lm.training.workdir import locked, open_workdir, write_record
+from lm.training.workdir import check_data, locked, open_workdir, save_config, write_record
 
 # sysexits.h EX_TEMPFAIL: saved, not finished, to be started again.
 EXIT_PREEMPTED = 75
 
 # (parameters, whether the whole split is wanted) -> held-out figures, "nll" among them.
 Evaluate = Callable[[Tree, bool], dict[str, float]]
+
+# (folder, model's config) -> parameters on the host; None if the folder is in no other project's format.
+ImportParams = Callable[[str, Any], Tree | None]
 
 
 @dataclasses.dataclass
@@ -81,7 +84,13 @@ class TrainLoop:
     """One start of a run, from the state that was restored to its end or to a request to stop."""
 
     def __init__(
-        self, assembly: Assembly, workdir: pathlib.Path, batches: Batches, checkpoints: Checkpoints, evaluate: Evaluate
+        self,
+        assembly: Assembly,
+        workdir: pathlib.Path,
+        batches: Batches,
+        checkpoints: Checkpoints,
+        evaluate: Evaluate,
+        import_params: ImportParams | None = None,
     ) -> None:
         """Takes the parts; restores nothing and runs nothing yet."""
         self.assembly = assembly
@@ -89,6 +98,7 @@ class TrainLoop:
         self.batches = batches
         self.checkpoints = checkpoints
         self.evaluate = evaluate
+        self.import_params = import_params
         self.workdir = workdir
         self.counters = Counters()
         self.step = 0
@@ -100,7 +110,7 @@ class TrainLoop:
         if found is None:
             state = self.assembly.init()
             if self.config.init_from is not None:
-                _, params = restore_params(pathlib.Path(self.config.init_from), self.assembly.state.params)
+                params = self._first_params(self.config.init_from)
                 average = self.config.optimizer.average
                 state = state._replace(params=params, average=None if average is None else average.init(params))
             return state
@@ -108,6 +118,15 @@ class TrainLoop:
         self.batches.set_state(found.data["batches"])
         self.counters = Counters(**found.data["counters"])
         return found.state
+
+    def _first_params(self, folder: str) -> Tree:
+        """Returns the parameters of another run or, if they can be imported, of another project, on the devices."""
+        like = self.assembly.state.params
+        params = None if self.import_params is None else self.import_params(folder, self.config.model)
+        if params is None:
+            check_tokenizer(pathlib.Path(folder), self.assembly.tokenizer)
+            return restore_params(pathlib.Path(folder), like)[1]
+        return place(params, like)
 
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""
@@ -118,7 +137,7 @@ class TrainLoop:
         try:
             with _stop_requested() as stop, self.assembly.placed():
                 finished = self._run_steps(box, stop)
-                if finished and self._held_out[0] != self.step:
+                if finished:
                     self._evaluate(box[0], whole=True)
                 self._save(box[0])
                 self.checkpoints.wait()
@@ -137,12 +156,14 @@ class TrainLoop:
         if not finished:
             self._progress.say(f"stopped after step {self.step}; saved. The same command goes on from here.")
             return
-        data = self.batches.statistics()
-        self._progress.say(
-            f"finished: {self.step} steps, {self.counters.seen_tokens:,} tokens; train step "
-            f"{self._meter.overall:,.0f} tokens/s, data pipeline {data['tokens_per_second']:,.0f} tokens/s when not "
-            f"waited for, {data['padding_fraction']:.1%} padding. Everything is in {self.workdir}"
-        )
+        data, speed = self.batches.statistics(), ""
+        if math.isfinite(self._meter.overall):  # no step was timed where the run was finished before
+            speed = (
+                f"; train step {self._meter.overall:,.0f} tokens/s, data pipeline {data['tokens_per_second']:,.0f} "
+                f"tokens/s when not waited for, {data['padding_fraction']:.1%} padding"
+            )
+        done = f"finished: {self.step} steps, {self.counters.seen_tokens:,} tokens{speed}"
+        self._progress.say(f"{done}. Everything is in {self.workdir}")
 
     def _run_steps(self, box: list[TrainState], stop: threading.Event) -> bool:
         """Runs steps, leaving the newest state in `box`; returns whether the run is done."""
@@ -152,7 +173,12 @@ class TrainLoop:
         pending: Finished | None = None
         while self.step < self.config.num_steps and not stop.is_set():
             started = time.perf_counter()
-            batch = next(self.batches, None)
+            try:
+                batch = next(self.batches, None)
+            except UserError:
+                # The state that will be saved holds this step, so its figures must be down too.
+                self._note(pending)
+                raise
             if batch is None:  # data.num_epochs are over
                 break
             self._meter.waited(time.perf_counter() - started)
@@ -205,9 +231,15 @@ class TrainLoop:
             self._save(state)
 
     def _evaluate(self, state: TrainState, *, whole: bool) -> None:
-        figures = self.evaluate(state.params if state.average is None else state.average, whole)
+        params = state.params if state.average is None else state.average
+        figures = self.evaluate(params, whole)
         self._held_out = (self.step, figures)
+        if whole and self.config.checkpoint.keep_best and self.config.evaluation.num_batches is not None:
+            # Checkpoints are compared by the figures of the same batches.
+            self._held_out = (self.step, self.evaluate(params, False))
         if figures:
+            if whole:  # a finished run that is started again, or data that ended where an evaluation was due
+                self._writer.take_back(self.step, "validation")
             self._writer.write(self.step, "validation", figures)
             self._progress.say(
                 f"step {self.step}: held-out loss {figures['nll']:.4f} nats/token, "
@@ -242,6 +274,7 @@ def train(
     make_evaluate: Callable[[Assembly], Evaluate],
     *,
     force_config: bool = False,
+    import_params: ImportParams | None = None,
 ) -> bool:
     """Trains a run to its end, from its newest checkpoint if it has one.
 
@@ -250,6 +283,7 @@ def train(
       workdir: folder of the run.
       make_evaluate: makes the held-out evaluation of this run.
       force_config: go on although the folder holds another config.
+      import_params: reads `init_from` where that is a folder of another project; None reads only runs.
 
     Returns:
       Whether the run is finished; False if it was asked to stop.
@@ -259,8 +293,9 @@ def train(
     """
     experiment.validate()
     use_compilation_cache(experiment.compilation_cache)
-    folder = open_workdir(workdir, experiment, force_config=force_config)
+    folder = open_workdir(workdir)
     with locked(folder):
+        save_config(folder, experiment, force_config=force_config)
         tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
         check_batch_size(experiment, assembly.mesh)
@@ -274,11 +309,14 @@ def train(
         )
         checkpoints = Checkpoints(folder, experiment.checkpoint)
         try:
-            loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly))
+            loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params)
             state = loop.restore()
+            data = fingerprint(experiment.data)
+            if loop.step:
+                check_data(folder, data, force_config=force_config)
             facts = {
                 "from_step": loop.step,
-                "data_fingerprint": fingerprint(experiment.data),
+                "data_fingerprint": data,
                 "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.state.params)),
             }
             write_record(folder, experiment, assembly.mesh, facts)

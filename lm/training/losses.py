@@ -5,7 +5,7 @@ microbatches, devices and chunks add up and are divided once.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,47 @@ class TokenLosses(NamedTuple):
     def mean_loss(self) -> WeightedSum:
         """The minimised loss as a pair."""
         return WeightedSum(self.loss, self.weight)
+
+
+@jax.custom_vjp
+def reduce_vocabulary(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """Reduces f32 logits to logZ, the target's logit, the largest and the sum of all, each f32[B, T].
+
+    The gradient is one pass over the logits and keeps nothing of their size but themselves (derived
+    step by step it would keep three). The largest one has no gradient.
+    """
+    largest_BT = jnp.max(logits_BTV, axis=-1)
+    normalizer_BT = largest_BT + jnp.log(jnp.sum(jnp.exp(logits_BTV - largest_BT[..., None]), axis=-1))
+    return normalizer_BT, _target_logit(logits_BTV, targets_BT), largest_BT, jnp.sum(logits_BTV, axis=-1)
+
+
+def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    return targets_BT[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+
+
+def _target_logit(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    # A one-hot product keeps a sharded vocabulary sharded; XLA:CPU writes it to memory, so there it is a gather.
+    return jax.lax.platform_dependent(
+        logits_BTV,
+        targets_BT,
+        cpu=lambda x, i: jnp.take_along_axis(x, i[..., None], axis=-1)[..., 0],
+        default=lambda x, i: jnp.sum(jnp.where(_is_target(x, i), x, 0.0), axis=-1),
+    )
+
+
+def _reduce_forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
+    reduced = reduce_vocabulary(logits_BTV, targets_BT)
+    return reduced, (logits_BTV, targets_BT, reduced[0])
+
+
+def _reduce_backward(saved: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    logits_BTV, targets_BT, normalizer_BT = saved
+    to_normalizer_BT1, to_target_BT1, _, to_sum_BT1 = (g[..., None] for g in gradients)
+    spread_BTV = to_normalizer_BT1 * jnp.exp(logits_BTV - normalizer_BT[..., None]) + to_sum_BT1
+    return spread_BTV + jnp.where(_is_target(logits_BTV, targets_BT), to_target_BT1, 0.0), None
+
+
+reduce_vocabulary.defvjp(_reduce_forward, _reduce_backward)
 
 
 class Components(NamedTuple):
@@ -74,21 +115,18 @@ def cross_entropy(
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     size = logits_BTV.shape[-1]
-    normalizer_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A one-hot product instead of a gather: it keeps a sharded vocabulary sharded.
-    hit_BTV = targets_BT[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
-    target_logit_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
+    normalizer_BT, target_logit_BT, largest_BT, sum_BT = reduce_vocabulary(logits_BTV, targets_BT)
     nll_BT = normalizer_BT - target_logit_BT
     loss_BT = nll_BT
     if config.label_smoothing:
         low = config.label_smoothing / (size - 1)
         high = 1.0 - config.label_smoothing
-        others_BT = size * normalizer_BT - jnp.sum(logits_BTV, axis=-1) - nll_BT
+        others_BT = size * normalizer_BT - sum_BT - nll_BT
         entropy = -(high * jnp.log(high) + (size - 1) * low * jnp.log(low + 1e-20))
         loss_BT = high * nll_BT + low * others_BT - entropy
     if config.z_loss:
         loss_BT = loss_BT + config.z_loss * jnp.square(normalizer_BT)
-    correct_BT = target_logit_BT >= jnp.max(logits_BTV, axis=-1)
+    correct_BT = target_logit_BT >= largest_BT
     return TokenLosses(
         loss=jnp.sum(loss_BT * weights_BT),
         nll=jnp.sum(nll_BT * weights_BT),

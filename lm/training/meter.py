@@ -34,7 +34,8 @@ class Meter:
 
     def restart(self) -> None:
         """Forgets what was measured, after an evaluation or a save."""
-        self._start, self._steps, self._tokens, self._waiting = time.perf_counter(), 0, 0.0, 0.0
+        self._start = self._last = time.perf_counter()
+        self._steps, self._tokens, self._waiting = 0, 0.0, 0.0
 
     def waited(self, seconds: float) -> None:
         """Adds time spent waiting for a batch."""
@@ -46,13 +47,17 @@ class Meter:
             self._skip_first = False
             self.restart()
             return
+        now = time.perf_counter()
+        self._all_tokens += tokens
+        self._all_seconds += now - self._last
+        self._last = now
         self._steps += 1
         self._tokens += tokens
-        self.tokens_per_second = self._tokens / max(time.perf_counter() - self._start, 1e-9)
+        self.tokens_per_second = self._tokens / max(now - self._start, 1e-9)
 
     @property
     def overall(self) -> float:
-        """Tokens/s over everything that was read; not a number before the first reading."""
+        """Tokens/s over every step but the first, evaluations and saves left out; not a number before the second."""
         return self._all_tokens / self._all_seconds if self._all_seconds else math.nan
 
     def read(self) -> dict[str, float]:
@@ -60,8 +65,6 @@ class Meter:
         if not self._steps:
             return {}
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        self._all_tokens += self._tokens
-        self._all_seconds += seconds
         flops = self.step_flops * self._steps / seconds
         figures = {
             "tokens_per_second": self._tokens / seconds,

@@ -81,3 +81,18 @@ def state_shardings(model: Any, shapes: TrainState, mesh: Mesh, rules: parallel.
         average=None if shapes.average is None else params,
         key=whole,
     )
+
+
+def place(arrays: Tree, like: Tree) -> Tree:
+    """Moves arrays of the host to the devices; every process has all of them and keeps its own shards.
+
+    Args:
+      arrays: NumPy arrays.
+      like: the same tree of ShapeDtypeStructs with shardings.
+    """
+
+    def put(array: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+        assert target.sharding is not None
+        return jax.make_array_from_callback(target.shape, target.sharding, lambda index: array[index])
+
+    return jax.tree.map(put, arrays, like)

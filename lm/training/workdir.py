@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -32,17 +33,11 @@ class WorkdirError(UserError):
     """The folder of a run cannot be used."""
 
 
-def open_workdir(path: str, experiment: Experiment, *, force_config: bool) -> pathlib.Path:
-    """Creates or reopens the folder of a run and saves the resolved config in it.
-
-    Args:
-      path: the folder.
-      experiment: the resolved config.
-      force_config: go on although the folder holds another config (which is kept as config.json.N).
+def open_workdir(path: str) -> pathlib.Path:
+    """Creates or reopens the folder of a run.
 
     Raises:
       WorkdirError: it cannot be written to.
-      ConfigError: it holds another config; the message shows the differences.
     """
     workdir = pathlib.Path(path).expanduser().absolute()
     try:
@@ -52,8 +47,25 @@ def open_workdir(path: str, experiment: Experiment, *, force_config: bool) -> pa
         probe.unlink()
     except OSError as error:
         raise WorkdirError(f"--workdir: cannot write to {workdir}: {error.strerror or error}") from error
+    return workdir
+
+
+def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: bool) -> None:
+    """Saves the resolved config in a folder that is `locked`.
+
+    A start that never came to a checkpoint (wrong data, a vocabulary too large) left nothing to protect: its config
+    and its tokenizer make way.
+
+    Args:
+      workdir: the folder.
+      experiment: the resolved config.
+      force_config: go on although the folder holds another config (which is kept as config.json.N).
+
+    Raises:
+      ConfigError: it holds checkpoints of another config; the message shows the differences.
+    """
     if jax.process_index() != 0:
-        return workdir
+        return
     file = workdir / "config.json"
     new = configs.to_json(experiment)
     if file.exists():
@@ -62,19 +74,21 @@ def open_workdir(path: str, experiment: Experiment, *, force_config: bool) -> pa
         except ValueError as error:
             raise ConfigError(f"{file} is not a saved config ({error}); move it away to start anew") from error
         changes = configs.differences(old, new)
-        if changes and not force_config:
+        untouched = not any((workdir / "checkpoints").glob("*"))
+        if changes and untouched:
+            shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
+        elif changes and not force_config:
             listed = "\n  ".join(changes)
             raise ConfigError(
                 f"{workdir} holds a run with another config:\n  {listed}\n"
                 "Use another --workdir, or --force_config to go on in this one with the new config."
             )
-        if changes:
+        elif changes:
             number = 1
             while (workdir / f"config.json.{number}").exists():
                 number += 1
             file.rename(workdir / f"config.json.{number}")
     write_atomically(file, json.dumps(new, indent=2) + "\n")
-    return workdir
 
 
 def read_config(workdir: pathlib.Path) -> Experiment:
@@ -127,6 +141,26 @@ def _version(package: str) -> str | None:
         return None
 
 
+def read_starts(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the starts that run.json records, oldest first; none before the first."""
+    file = workdir / "run.json"
+    return json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+
+
+def check_data(workdir: pathlib.Path, fingerprint: str, *, force_config: bool) -> None:
+    """Checks that a run which goes on reads the data that it read before.
+
+    Raises:
+      WorkdirError: the files changed since the last start.
+    """
+    starts = read_starts(workdir)
+    if starts and starts[-1]["data_fingerprint"] != fingerprint and not force_config:
+        raise WorkdirError(
+            f"{workdir}: the text changed since this run was last started; bring it back, start a new run with "
+            "--config.init_from, or use --force_config to go on with the new text"
+        )
+
+
 def write_record(workdir: pathlib.Path, experiment: Experiment, mesh: Mesh, facts: dict[str, Any]) -> None:
     """Adds this start to run.json: resolved config, versions, commit, mesh, devices, data, start step.
 
@@ -138,8 +172,7 @@ def write_record(workdir: pathlib.Path, experiment: Experiment, mesh: Mesh, fact
     """
     if jax.process_index() != 0:
         return
-    file = workdir / "run.json"
-    starts = json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+    starts = read_starts(workdir)
     devices = list(mesh.devices.flat)
     starts.append(
         {
@@ -157,4 +190,4 @@ def write_record(workdir: pathlib.Path, experiment: Experiment, mesh: Mesh, fact
         }
     )
     record = {"config": configs.to_json(experiment), "starts": starts}
-    write_atomically(file, json.dumps(record, indent=2) + "\n")
+    write_atomically(workdir / "run.json", json.dumps(record, indent=2) + "\n")

@@ -93,7 +93,7 @@ def test_the_split_of_very_few_documents():
 
 def test_missing_and_empty_sources(tmp_path):
     missing = Files(paths=(str(tmp_path / "none*.txt"),))
-    assert missing.problems() == [f"{tmp_path}/none*.txt: no such file, folder or match for a glob"]
+    assert missing.problems() == [f"data.source: {tmp_path}/none*.txt: no such file, folder or match for a glob"]
     with pytest.raises(DataError, match="no such file"):
         missing.open()
     empty = Files(paths=(write(tmp_path / "empty", one="", two=""),))

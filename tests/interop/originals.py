@@ -41,6 +41,9 @@ class Case:
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # scales and biases begin at one and zero, which would hide a swap
                     parameter.add_(torch.randn(parameter.shape) * 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.add_(torch.randn(buffer.shape) * 0.1)
             if self.name == "t5_1.1":  # transformers 5 makes models with tied tables, and opens untied ones
                 model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape) * 0.2)
                 model.config.tie_word_embeddings = False
@@ -97,6 +100,44 @@ DECODERS = [
         | {"_sliding_window_pattern": 3, "sliding_window_pattern": 3},
     ),
 ]
+MLA = {"kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+DEEPSEEK = SIZES | MLA | {"num_key_value_heads": 4, "first_k_dense_replace": 1, "n_shared_experts": 2}
+DEEPSEEK |= {"moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3}
+YARN_LATENT = YARN | {"mscale": 0.8, "mscale_all_dim": 1.0}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_experts": 6}
+EXPERTS = [
+    Case("mixtral", "MixtralConfig", "MixtralForCausalLM", SIZES | {"num_local_experts": 4}),
+    Case(
+        "qwen2_moe",
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        SIZES | MOE | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+    ),
+    Case(
+        "qwen3_moe",
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        SIZES | MOE | {"head_dim": 16, "norm_topk_prob": True, "decoder_sparse_step": 2},
+    ),
+    Case(
+        "deepseek_v2",
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        DEEPSEEK | {"q_lora_rank": None, "routed_scaling_factor": 1.5},
+    ),
+    Case(
+        "deepseek_v2_groups",
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        DEEPSEEK | {"q_lora_rank": 16, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    Case(
+        "deepseek_v3",
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        DEEPSEEK | {"q_lora_rank": 16, "n_group": 4, "topk_group": 2, "rope_scaling": YARN_LATENT},
+    ),
+]
 
 # Without grouped keys, which these families do not have.
 ENCODER = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
@@ -132,4 +173,4 @@ PAIRS = [
     ),
     Case("bart", "BartConfig", "BartForConditionalGeneration", BART, "pair"),
 ]
-CASES = [*DECODERS, *ENCODERS, *PAIRS]
+CASES = [*DECODERS, *EXPERTS, *ENCODERS, *PAIRS]

@@ -16,7 +16,9 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 TOLERANCE = 1e-4
 LENGTHS, SOURCE_LENGTHS = (11, 4, 7), (5, 12, 6)
-NEW_TOKENS = 12
+NEW_TOKENS = 8
+# Filled by the fixture `folders`.
+ORIGINALS = {}
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -32,7 +34,8 @@ def folders(tmp_path_factory):
     @functools.cache
     def make(case):
         folder = tmp_path_factory.mktemp(case.name)
-        case.build().save_pretrained(folder)
+        ORIGINALS[case] = case.build()
+        ORIGINALS[case].save_pretrained(folder)
         return folder
 
     return make
@@ -114,8 +117,8 @@ def opened_by_transformers(case, folder):
 
 @every_case
 def test_logits_are_those_of_the_original(case, folders):
-    original = opened_by_transformers(case, folders(case))
     model, params = load(folders(case))
+    original = ORIGINALS[case]
     vocab = model.config.vocab_size
     texts = sequences(vocab, LENGTHS)
     types = [text % 2 for text in texts] if model.config.num_token_types > 1 else None
@@ -183,7 +186,7 @@ def test_transformers_opens_what_is_written_and_writes_the_same_text(case, folde
 def test_transformers_opens_written_encoders(case, folders, tmp_path):
     model, params = load(folders(case))
     interop.save(tmp_path / "back", model.config, params)
-    before, after = (opened_by_transformers(case, folder) for folder in (folders(case), tmp_path / "back"))
+    before, after = ORIGINALS[case], opened_by_transformers(case, tmp_path / "back")
     text = sequences(model.config.vocab_size, (9,))[0]
     for a, b in zip(ask(before, case, text, None, None), ask(after, case, text, None, None), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -82,7 +82,7 @@ def make(config, shake):
     return model, shake(model.init(jax.random.key(0)))
 
 
-@some_decoders("llama", "local_global", "latent")
+@some_decoders("llama", "latent")
 def test_causality_by_gradient(config, make_batch, shake):
     """No logit depends on a later token; every one depends on its own: by the gradient through the token table."""
     config = dataclasses.replace(config, tied_embeddings=False)
@@ -217,7 +217,8 @@ LOOPS = [
 @pytest.mark.parametrize(("name", "changes"), LOOPS, ids=str)
 def test_loop_and_remat_equal_the_scan(name, changes, make_batch, shake):
     """Forward, backward and dropout alike, on the same parameters."""
-    config = dataclasses.replace(DECODERS[name], dropout_rate=0.3)
+    # One run of layers is enough here: how runs follow each other is the same in every case.
+    config = dataclasses.replace(DECODERS[name], dropout_rate=0.3, num_layers=4, first_layers=())
     other = dataclasses.replace(config, **changes)
     _, params = make(config, shake)
     batch = make_batch([[4, 5], [7]])
@@ -241,7 +242,7 @@ def test_dropout_depends_on_its_key_only(make_batch, shake):
     np.testing.assert_array_equal(none, plain)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "chunked_bucketed"])
+@pytest.mark.parametrize("name", ["gpt2", "chunked_bucketed"])
 def test_bfloat16_is_close_and_keeps_float32_where_it_must(name, make_batch, shake):
     model = DECODERS[name].build()
     params = shake(model.init(jax.random.key(0)), size=0.1)

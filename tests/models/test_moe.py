@@ -80,7 +80,8 @@ def _compare(torch, block, mixture, params, tolerance=1e-5):
     with torch.no_grad():
         expected = block(torch.from_numpy(x))
     for dispatch in (Dense(), Dropless(), Capacity(factor=mixture.num_experts / mixture.num_selected)):
-        y = _layer(dataclasses.replace(mixture, dispatch=dispatch), params, jnp.asarray(x))
+        settings = dataclasses.replace(mixture, dispatch=dispatch)
+        y = jax.jit(lambda x, settings=settings: _layer(settings, params, x))(jnp.asarray(x))
         np.testing.assert_allclose(y, expected.numpy(), atol=tolerance)
     assert np.abs(expected.numpy()).max() > 0.1
 
@@ -357,7 +358,7 @@ def test_every_second_layer_and_dense_first_layers(make_batch):
 
 def test_cached_logits_equal_uncached_ones(params, make_batch):
     model, batch = MODEL.build(), make_batch([[6], [4]], length=6)
-    whole = model.apply(params, batch)
+    whole = jax.jit(model.apply)(params, batch)
     cache = model.init_cache(params, 2, 6)
     step = jax.jit(lambda batch, cache: model.apply(params, batch, cache=cache))
     for t in range(6):

@@ -44,7 +44,7 @@ def test_streamed_and_batched_text_are_the_same(workdir):
         ((), "give --workdir"),
         (("--workdir=nowhere",), "is not the folder of a run"),
         (("--workdir={workdir}", "--temperature=-1"), "temperature"),
-        (("--workdir={workdir}", "--max_tokens=9999"), "max_length"),
+        (("--workdir={workdir}", "--max_tokens=9999", "--prompt=a"), "max_length"),
         (("--workdir={workdir}", "--prompt_file=nowhere"), "nowhere"),
     ],
 )

@@ -6,7 +6,7 @@ import math
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from lm.experiment import LoggingConfig
-from lm.training.logging import MetricsWriter, Progress, read_metrics
+from lm.training.logging import MetricsWriter, Progress, _duration, read_metrics
 
 
 def _write(workdir, first, steps, config=None):
@@ -59,3 +59,7 @@ def test_progress_lines(capsys):
     assert "step 1/2  loss 5.0000" in lines[0]
     assert "nan" not in lines[0]
     assert "step 2/2  loss 4.0000  1,234 tokens/s  00:00:00 left" in lines[-1]
+
+
+def test_time_left_does_not_wrap_after_a_day():
+    assert _duration(139 * 3600 + 62) == "139:01:02"

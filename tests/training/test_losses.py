@@ -89,3 +89,21 @@ def test_chunked_never_holds_all_logits():
 
     assert "64,999]" in text(None) or "64,999" in text(None)
     assert "64,999" not in text(16)
+
+
+def test_the_gradient_over_the_vocabulary_is_that_of_the_formula():
+    """Derived step by step by jax, from logsumexp and a lookup; with smoothing and z-loss, weights not 0 or 1."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((2, 3, 11)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 11, (2, 3)), jnp.int32)
+    weights = jnp.asarray(rng.random((2, 3)), jnp.float32)
+    config = LossConfig(label_smoothing=0.1, z_loss=0.01)
+
+    def formula(logits):
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        log_p = logits - log_z[..., None]
+        smooth = jnp.where(jax.nn.one_hot(targets, 11, dtype=bool), 0.9, 0.1 / 10)
+        return jnp.sum(weights * (-jnp.sum(smooth * log_p, axis=-1) + 0.01 * log_z**2))
+
+    found = jax.grad(lambda logits: cross_entropy(logits, targets, weights, config).loss)(logits)
+    np.testing.assert_allclose(found, jax.grad(formula)(logits), rtol=1e-5, atol=1e-6)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import deepseek_v3
 from lm.batch import WeightedSum
 from lm.experiment import LossConfig
 from lm.models import Output
-from lm.optim import Average, OptimizerConfig, build_optimizer
+from lm.optim import SGD, Adafactor, Average, Lion, Muon, OptimizerConfig, build_optimizer
 from lm.training.state import init_state
 from lm.training.step import compute_sums, gradients, make_evaluation_step, make_train_step
 from tests.training.experiments import TOKENIZER, one_device, random_batch, tiny
@@ -49,7 +50,7 @@ class _Fixed:
         # Two logits whose cross-entropy at target 0 is the wanted one.
         loss = batch.inputs.astype(jnp.float32) * params["scale"]
         hidden = jnp.stack([jnp.zeros_like(loss), jnp.log(jnp.expm1(loss))], -1)
-        return Output(hidden, None, {}, {}, None)
+        return Output(hidden, None, {}, {}, None, {})
 
     def logits(self, params, hidden):
         return hidden
@@ -66,7 +67,7 @@ def test_normalisation_known_answer():
     )
     config = tiny(batch_size=2, num_microbatches=2)
     params = {"scale": jnp.ones(())}
-    grads, (tokens, _, _) = gradients(_Fixed(), params, batch, jax.random.key(0), config)
+    grads, ((tokens, _, _), _) = gradients(_Fixed(), params, batch, jax.random.key(0), config)
     np.testing.assert_allclose(tokens.loss / tokens.weight, 2.5, rtol=1e-6)
     np.testing.assert_allclose(grads["scale"], 2.5, rtol=1e-6)
 
@@ -144,7 +145,7 @@ def test_evaluation_counts_every_target():
     with one_device():
         params = jax.jit(model.init)(jax.random.key(0))
         (tokens, _, _), counts = jax.jit(make_evaluation_step(config.loss, model, TOKENIZER.token_bytes))(params, batch)
-        expected, _, _ = compute_sums(model, params, batch, None, LossConfig())
+        (expected, _, _), _ = compute_sums(model, params, batch, None, LossConfig())
     counted = batch.weights > 0
     np.testing.assert_array_equal(counts["targets"], np.bincount(batch.targets[counted], minlength=TOKENIZER.size))
     assert counts["loss_tokens"] == counted.sum()
@@ -165,3 +166,43 @@ def test_dropout_depends_on_the_step_and_on_nothing_else():
         _, other = step(second, batch)
     assert first["loss"] == again["loss"]
     assert first["loss"] != other["loss"]
+
+
+def _mixture():
+    """DeepSeek's tiny model without the losses that are over a batch, so that microbatches can be compared."""
+    model = deepseek_v3.get_model("tiny")
+    return dataclasses.replace(model, mlp=dataclasses.replace(model.mlp, load_balance=0.0))
+
+
+def _biases(params):
+    return params["decoder"]["stack"]["layers"]["block_0"]["mlp"]["router_bias"]
+
+
+def test_routers_are_balanced_by_the_counts_of_all_microbatches():
+    config = tiny(model=_mixture(), optimizer=OptimizerConfig(decayed="everything", learning_rate=1e-3))
+    batch, results = random_batch(), []
+    with one_device():
+        for num in (1, 4):
+            model, optimizer, state = _state(dataclasses.replace(config, num_microbatches=num))
+            step = make_train_step(
+                dataclasses.replace(config, num_microbatches=num), model, optimizer, TOKENIZER.token_bytes
+            )
+            counts = model.apply(state.params, batch).statistics
+            state, metrics = jax.jit(step)(state, batch)
+            results.append((state.params, metrics))
+    (whole, metrics), (pieces, _) = results
+    load = np.asarray(_biases(counts))
+    np.testing.assert_array_equal(_biases(whole), np.float32(1e-3) * np.sign(load.mean(-1, keepdims=True) - load))
+    np.testing.assert_array_equal(_biases(whole), _biases(pieces))
+    assert metrics["router/max_load"] >= 1.0
+    assert metrics["router/drop_rate"] == 0.0
+    assert metrics["skipped"] == 0.0
+
+
+def test_every_rule_knows_the_axes_of_experts():
+    for rule in (Adafactor(), Muon(), Lion(), SGD()):
+        config = tiny(model=deepseek_v3.get_model("tiny"), optimizer=OptimizerConfig(rule=rule))
+        model, optimizer = _parts(config)
+        params = jax.eval_shape(model.init, jax.random.key(0))
+        updates, _ = jax.eval_shape(lambda p, o=optimizer: o.update(p, o.init(p), p), params)
+        assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)

@@ -1,0 +1,78 @@
+"""Converts checkpoints: python -m lm.convert --from=DIR --to=DIR, to and from the format of Hugging Face.
+
+From a Hugging Face folder (config.json, safetensors, tokenizer.json) to the folder of a run, which
+lm.generate and lm.evaluate use; or from a run to a folder that `transformers` opens with from_pretrained.
+To train on: python -m lm.train --config=RUN/config.json --config.init_from=RUN --workdir=NEW, where RUN is
+what was written here. Exit status: 0 done, 2 something to mend, nothing written.
+"""
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from lm import config as configs
+from lm import flags as program
+from lm.config import ConfigError
+
+_FROM = flags.DEFINE_string("from", None, "Folder of a run, or of a Hugging Face checkpoint.")
+_TO = flags.DEFINE_string("to", None, "Folder to write, in the other format; must be new or empty.")
+_STEP = flags.DEFINE_integer("step", None, "Which checkpoint of the run (default: the newest).")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of Hugging Face tensors.")
+
+
+def _objective(model: Any) -> Any:
+    """Returns what a model with such towers is usually trained on."""
+    from lm import objectives
+
+    if not model.decoder_depth:
+        return objectives.MaskedLM()
+    return objectives.SpanCorruption() if model.encoder_depth else objectives.Causal()
+
+
+def _to_run(source: str, target: str) -> str:
+    from lm import interop
+    from lm.data import DataConfig, HuggingFace, load_tokenizer
+    from lm.experiment import Experiment
+    from lm.training.checkpoints import save_params
+    from lm.training.workdir import open_workdir
+
+    model = interop.load_config(source)
+    data = DataConfig(tokenizer=HuggingFace(path=source), sequence_length=min(model.max_length, 1024))
+    if problems := data.tokenizer.problems():
+        raise ConfigError(f"{problems[0]}; transformers writes one with AutoTokenizer.save_pretrained")
+    fields: dict[str, Any] = {"model": model, "objective": _objective(model), "data": data}
+    experiment = Experiment(**fields)
+    if problems := configs.check_types(experiment, Experiment):
+        raise ConfigError("\n".join(problems))
+    with interop.new_folder(pathlib.Path(target)) as partial:
+        load_tokenizer(data.tokenizer, data, partial / "tokenizer")
+        interop.copy_tokenizer(source, partial / "tokenizer")
+        open_workdir(str(partial), experiment, force_config=False)
+        save_params(partial, interop.load_params(source, model))
+    return f"{target}: a run of {type(model).__name__}, {model.num_parameters():,} parameters"
+
+
+def _to_checkpoint(source: str, target: str) -> str:
+    from lm import interop
+    from lm.training.assembly import load_run
+
+    run = load_run(source, _STEP.value)
+    settings = {"tokenizer_dir": run.workdir / "tokenizer", "specials": run.tokenizer.specials, "dtype": _DTYPE.value}
+    architecture = interop.save(target, run.experiment.model, run.params, **settings)
+    return f"{target}: step {run.step}, opens with transformers.{architecture}.from_pretrained"
+
+
+def main(_: list[str]) -> int:
+    """Converts what the flags name."""
+    if _FROM.value is None or _TO.value is None:
+        raise ConfigError("give --from=DIR and --to=DIR")
+    from lm.interop import is_checkpoint
+
+    convert = _to_run if is_checkpoint(_FROM.value) else _to_checkpoint
+    print(convert(_FROM.value, _TO.value))
+    return 0
+
+
+if __name__ == "__main__":
+    program.run(main)

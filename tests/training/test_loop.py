@@ -1,0 +1,118 @@
+"""The loop as a whole: what a second start, data that end or fail, and other weights leave behind."""
+
+import dataclasses
+import json
+
+import pytest
+
+from lm.config import ConfigError, UserError
+from lm.data import DataConfig, DataError, SentencePiece
+from lm.evaluation.heldout import make_evaluate
+from lm.experiment import CheckpointConfig, EvaluationConfig
+from lm.training.checkpoints import Checkpoints
+from lm.training.logging import read_metrics
+from lm.training.loop import train
+from lm.training.workdir import WorkdirError
+from tests.training.experiments import tiny
+
+
+def _lines(workdir, split):
+    return [line for line in read_metrics(workdir / "metrics.jsonl") if line["split"] == split]
+
+
+def _write(folder, number=12, text="to be or not to be, that is the question\n"):
+    folder.mkdir(exist_ok=True)
+    for i in range(number):
+        (folder / f"{i:02}.txt").write_text(f"{i} {text}")
+    return f"{folder}/*.txt"
+
+
+def test_a_finished_run_started_again_adds_nothing(tmp_path, corpus, capfd):
+    for _ in range(2):
+        assert train(tiny(corpus, num_steps=4), str(tmp_path), make_evaluate)
+    assert [line["step"] for line in _lines(tmp_path, "train")] == [1, 2, 3, 4]
+    assert [line["step"] for line in _lines(tmp_path, "validation")] == [4]
+    assert "nan" not in capfd.readouterr().err
+
+
+def test_data_that_end_where_an_evaluation_is_due_are_still_scored_whole(tmp_path):
+    source = _write(tmp_path / "text")
+    data = dataclasses.replace(tiny(source).data, num_epochs=1, window=4)
+    run = tiny(source, data=data, num_steps=1000, batch_size=8, evaluation=EvaluationConfig(every=1, num_batches=1))
+    assert train(run, str(tmp_path / "run"), make_evaluate)
+    ends = _lines(tmp_path / "run", "validation")[-1]
+    assert [line["step"] for line in _lines(tmp_path / "run", "validation")] == list(range(1, ends["step"] + 1))
+    assert ends["tokens"] > 8 * 16
+
+
+def test_a_run_stopped_by_bad_text_loses_no_step(tmp_path):
+    source = _write(tmp_path / "text", 40)
+    bad = tmp_path / "text" / "bad.txt"
+    bad.write_bytes(b"caf\xe9 " * 40)
+    data = dataclasses.replace(tiny(source).data, window=1, prefetch=0, validation_fraction=0.0)
+    run = tiny(source, data=data, num_steps=100, checkpoint=CheckpointConfig(every=100))
+    with pytest.raises(DataError, match=r"bad\.txt is not valid UTF-8"):
+        train(run, str(tmp_path / "run"), make_evaluate)
+    checkpoints = Checkpoints(tmp_path / "run", run.checkpoint)
+    (step,) = checkpoints.steps()
+    checkpoints.close()
+    assert [line["step"] for line in _lines(tmp_path / "run", "train")] == list(range(1, step + 1))
+    saved = json.loads((tmp_path / "run" / "checkpoints" / str(step) / "data" / "metadata").read_text())
+    assert saved["counters"]["seen_tokens"] == _lines(tmp_path / "run", "train")[-1]["total_tokens"]
+
+
+def test_text_that_changed_is_refused_in_a_sentence(tmp_path):
+    source, workdir = _write(tmp_path / "text"), str(tmp_path / "run")
+    assert train(tiny(source, num_steps=2), workdir, make_evaluate)
+    (tmp_path / "text" / "00.txt").write_text("another text")
+    with pytest.raises(WorkdirError, match="the text changed"):
+        train(tiny(source, num_steps=2), workdir, make_evaluate)
+    assert train(tiny(source, num_steps=2), workdir, make_evaluate, force_config=True)
+    _write(tmp_path / "text", 20)
+    with pytest.raises(UserError, match="saved with documents"):
+        train(tiny(source, num_steps=2), workdir, make_evaluate, force_config=True)
+
+
+def test_a_start_that_failed_does_not_hold_its_folder(tmp_path, corpus):
+    run, workdir = tiny(corpus, num_steps=2), tmp_path / "run"
+    large = dataclasses.replace(run.data, tokenizer=SentencePiece(vocab_size=450, num_sentinels=10))
+    small = dataclasses.replace(run, data=large, model=dataclasses.replace(run.model, vocab_size=300))
+    with pytest.raises(ConfigError, match="smaller than the tokenizer"):
+        train(small, str(workdir), make_evaluate)
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\0" * 100)
+    with pytest.raises(DataError, match="binary"):
+        train(
+            dataclasses.replace(run, data=DataConfig(source=str(bad), sequence_length=16)), str(workdir), make_evaluate
+        )
+    assert train(run, str(workdir), make_evaluate)
+    assert json.loads((workdir / "config.json").read_text())["data"]["source"] == corpus
+    assert json.loads((workdir / "tokenizer" / "vocabulary.json").read_text())["kind"] == "bytes"
+
+
+def test_weights_of_another_tokenizer_are_refused(tmp_path, corpus, trained):
+    run = tiny(corpus, num_steps=2, init_from=str(trained))
+    assert train(run, str(tmp_path / "same"), make_evaluate)
+    other = dataclasses.replace(run.data, tokenizer=SentencePiece(vocab_size=450, num_sentinels=10))
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        train(dataclasses.replace(run, data=other), str(tmp_path / "other"), make_evaluate)
+
+
+@pytest.mark.parametrize(
+    ("every", "evaluate", "fraction", "words"),
+    [
+        (2, 2, 0.3, None),
+        (4, 2, 0.3, None),
+        (2, 3, 0.3, "a multiple of evaluation.every"),
+        (2, None, 0.3, "evaluation.every, which is none"),
+        (2, 2, 0.0, "validation_fraction is 0"),
+    ],
+)
+def test_keep_best_needs_figures_to_choose_by(corpus, every, evaluate, fraction, words):
+    run = tiny(
+        corpus,
+        checkpoint=CheckpointConfig(every=every, keep_best=1),
+        evaluation=EvaluationConfig(every=evaluate),
+        data=dataclasses.replace(tiny(corpus).data, validation_fraction=fraction),
+    )
+    assert run.problems() == [] if words is None else words in "\n".join(run.problems())
