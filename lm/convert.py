@@ -35,7 +35,7 @@ def _to_run(source: str, target: str) -> str:
     from lm.data import DataConfig, HuggingFace, load_tokenizer
     from lm.experiment import Experiment
     from lm.training.checkpoints import save_params
-    from lm.training.workdir import open_workdir
+    from lm.training.workdir import save_config
 
     model = interop.load_config(source)
     data = DataConfig(tokenizer=HuggingFace(path=source), sequence_length=min(model.max_length, 1024))
@@ -48,7 +48,7 @@ def _to_run(source: str, target: str) -> str:
     with interop.new_folder(pathlib.Path(target)) as partial:
         load_tokenizer(data.tokenizer, data, partial / "tokenizer")
         interop.copy_tokenizer(source, partial / "tokenizer")
-        open_workdir(str(partial), experiment, force_config=False)
+        save_config(partial, experiment, force_config=False)
         save_params(partial, interop.load_params(source, model))
     return f"{target}: a run of {type(model).__name__}, {model.num_parameters():,} parameters"
 

@@ -6,6 +6,7 @@ the committed table equals what `write_table` returns, and a test trains every c
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from lm import objectives
 from lm.data import Bytes, DataConfig
@@ -33,7 +34,7 @@ from lm.models import (
 from lm.objectives import Component, SuffixBlank, TextToText
 from lm.optim import Constant, OptimizerConfig
 
-Model = Decoder | Encoder | EncoderDecoder | Electra
+Model: TypeAlias = Decoder | Encoder | EncoderDecoder | Electra
 
 OBJECTIVES: Mapping[str, Objective] = {
     "Causal": objectives.Causal(),
@@ -84,7 +85,14 @@ OBJECTIVES: Mapping[str, Objective] = {
 
 LENGTH = 64
 TOKENIZER = Bytes(num_sentinels=40)
-_SIZES = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 32, "max_length": LENGTH, "vocab_size": 311}
+_SIZES: dict[str, Any] = {
+    "num_layers": 1,
+    "model_dim": 16,
+    "num_heads": 2,
+    "mlp_dim": 32,
+    "max_length": LENGTH,
+    "vocab_size": 311,
+}
 ARCHITECTURES: Mapping[str, Model] = {
     "Decoder": Decoder(**_SIZES),
     "Encoder": Encoder(**_SIZES),

@@ -60,7 +60,7 @@ def read(config: Config) -> EncoderDecoder:
         embedding_norm=True,
         scale_embeddings=config.get("scale_embedding", False),
         tied_embeddings=True,
-        head_bias=True,
+        head_bias=config.holds("final_logits_bias", True),
         dropout_rate=config.get("dropout", 0.1),
     )
 

@@ -264,7 +264,8 @@ def _describe(config: Transformer) -> tuple[Family, Fields, list[Entry]]:
       InteropError: none; the message says what the nearest cannot express.
     """
     shapes = _leaves(config)
-    nearest: tuple[str, list[str]] | None = None
+    # Whether the model has parameters that the family has not, and which differences there are.
+    nearest: tuple[str, bool, list[str]] | None = None
     for family in FAMILIES:
         fields = family.write(config)
         if fields is None:
@@ -274,15 +275,15 @@ def _describe(config: Transformer) -> tuple[Family, Fields, list[Entry]]:
             names = [entry.name for entry in entries]
             lost = differences(config, family.read(Config(fields, CONFIG, names)))
         except InteropError as error:
-            entries, lost = [], [str(error)]
-        if not lost:
+            entries, lost = None, [str(error)]
+        if entries is not None and not lost:
             return family, fields, entries
-        if nearest is None or len(lost) < len(nearest[1]):
-            nearest = family.model_type, lost
+        if nearest is None or (entries is None, len(lost)) < (nearest[1], len(nearest[2])):
+            nearest = family.model_type, entries is None, lost
     if nearest is None:
         known = ", ".join(family.model_type for family in FAMILIES)
         raise InteropError(f"no family of checkpoints has such a model; known are {known}")
-    listed = "\n  ".join(nearest[1])
+    listed = "\n  ".join(nearest[2])
     raise InteropError(f"no family of checkpoints expresses this model; the nearest is {nearest[0]}, where\n  {listed}")
 
 

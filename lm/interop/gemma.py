@@ -9,8 +9,8 @@ from typing import Any
 
 from lm.interop.family import Config, Family, Fields, fold_layers, norm
 from lm.interop.llama import ATTENTION, EMBEDDINGS, IGNORED, LAYER, NORMS, OURS, mlp_rows, read_decoder, write_decoder
-from lm.interop.meaning import unfold_layers
-from lm.interop.rotary import read_rotary
+from lm.interop.meaning import positions_of, unfold_layers
+from lm.interop.rotary import read_rotary, write_rotary
 from lm.models import Decoder, Layer, Mlp, MultiHead, RMSNorm, Rotary
 
 SANDWICH = (
@@ -115,11 +115,10 @@ def _write_gemma3(config: Any) -> Fields | None:
     fields = _write_gemma2(config)
     if fields is None:
         return None
-    layers = unfold_layers(config, config.num_layers)
-    local = next((layer.positions for layer in layers if layer.window is not None), None) or config.positions
-    if not isinstance(local, Rotary):
+    full, local = (positions_of(config, windowed=windowed) for windowed in (False, True))
+    if not isinstance(full, Rotary) or not isinstance(local, Rotary):
         return None
-    return {**fields, "rope_local_base_freq": local.theta}
+    return {**fields, **write_rotary(full), "rope_local_base_freq": local.theta}
 
 
 GEMMA = Family(

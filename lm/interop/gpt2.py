@@ -56,7 +56,7 @@ def read(config: Config) -> Decoder:
 
 def write(config: Any) -> Fields | None:
     """Makes a config.json of our config."""
-    if not isinstance(config.norm, LayerNorm) or not isinstance(config.mlp, Mlp):
+    if not isinstance(config, Decoder) or not isinstance(config.norm, LayerNorm) or not isinstance(config.mlp, Mlp):
         return None
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return {

@@ -9,7 +9,18 @@ import re
 from typing import Any
 
 from lm import config as configs
-from lm.models import Dropless, EncoderDecoder, Layer, Mlp, NormalInitializer, Plain
+from lm.models import (
+    Alibi,
+    Dropless,
+    EncoderDecoder,
+    Layer,
+    Mlp,
+    MultiHead,
+    NoPositions,
+    NormalInitializer,
+    Plain,
+    Rotary,
+)
 from lm.models.transformer import Transformer
 
 # Fields that change how a model is computed or trained, at any depth, and what they are set to.
@@ -35,6 +46,13 @@ def unfold_layers(config: Transformer, depth: int) -> list[Layer]:
     return [layer for _, layers, repeats in runs for _ in range(repeats) for layer in layers]
 
 
+def positions_of(config: Transformer, *, windowed: bool) -> Any:
+    """Returns the positions of the first layer with a window (or without); the model's where there is none."""
+    layers = unfold_layers(config, max(config.encoder_depth, config.decoder_depth))
+    found = next((layer.positions for layer in layers if (layer.window is not None) == windowed), None)
+    return found or config.positions
+
+
 def meaning(config: Transformer) -> Transformer:
     """Returns the config with every spelling of one model made the same, to be compared."""
     depths = {config.encoder_depth, config.decoder_depth} - {0}
@@ -48,7 +66,13 @@ def meaning(config: Transformer) -> Transformer:
         dataclasses.replace(layer, positions=layer.positions or plain.positions, mlp=_mlp(layer, plain))
         for layer in layers
     )
-    return dataclasses.replace(plain, layers=each, first_layers=(), mlp=Mlp())
+    # What stands in every layer now means nothing elsewhere; other schemes also add to embeddings or have a table.
+    rest: dict[str, Any] = {"layers": each, "first_layers": (), "mlp": Mlp()}
+    if isinstance(plain.positions, Rotary | Alibi):
+        rest["positions"] = NoPositions()
+    if isinstance(plain.attention, MultiHead) and plain.attention.scale is None:
+        rest["attention"] = dataclasses.replace(plain.attention, scale=config.sizes["H"] ** -0.5)
+    return dataclasses.replace(plain, **rest)
 
 
 def _mlp(layer: Layer, config: Transformer) -> Any:

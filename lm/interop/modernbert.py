@@ -3,7 +3,7 @@
 from typing import Any
 
 from lm.interop.family import FROM_HEADS, Config, Family, Fields, fold_layers, linear, norm, row
-from lm.interop.meaning import unfold_layers
+from lm.interop.meaning import positions_of, unfold_layers
 from lm.interop.rotary import read_rotary
 from lm.models import Encoder, HeadTransform, Layer, LayerNorm, Mlp, MultiHead, Rotary
 
@@ -83,11 +83,10 @@ def write(config: Any) -> Fields | None:
     if not isinstance(config, Encoder) or not isinstance(config.norm, LayerNorm) or not isinstance(config.mlp, Mlp):
         return None
     layers = unfold_layers(config, config.num_layers)
-    local = next((layer for layer in layers if layer.window is not None), None)
-    positions = config.positions if local is None or local.positions is None else local.positions
-    if not isinstance(config.positions, Rotary) or not isinstance(positions, Rotary):
+    full, local = (positions_of(config, windowed=windowed) for windowed in (False, True))
+    if not isinstance(full, Rotary) or not isinstance(local, Rotary):
         return None
-    thetas = {"full_attention": config.positions.theta, "sliding_attention": positions.theta}
+    thetas = {"full_attention": full.theta, "sliding_attention": local.theta}
     windows = [layer.window for layer in layers]
     head = config.head_transform
     return {
@@ -101,8 +100,8 @@ def write(config: Any) -> Fields | None:
         "norm_eps": config.norm.epsilon,
         "norm_bias": config.norm.use_bias,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
-        "global_rope_theta": config.positions.theta,
-        "local_rope_theta": positions.theta,
+        "global_rope_theta": full.theta,
+        "local_rope_theta": local.theta,
         "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
         "global_attn_every_n_layers": _period(windows),
         "local_attention": next((window for window in windows if window is not None), 128),

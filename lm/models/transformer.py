@@ -5,7 +5,7 @@ else is a field here. Knows no parameters. Law: a derived value is a property, a
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import jax.numpy as jnp
 
@@ -23,6 +23,8 @@ from lm.models.positions import Alibi, Bucketed, Learned, NoPositions, Relative,
 
 if TYPE_CHECKING:
     from lm.models.model import Model
+
+Config = TypeVar("Config")
 
 PositionScheme = NoPositions | Learned | Sinusoidal | Rotary | Bucketed | Alibi | Relative
 
@@ -45,7 +47,7 @@ class Layer:
     normalize_attention: bool = True
 
 
-def document_fields(cls: type) -> type:
+def document_fields(cls: type[Config]) -> type[Config]:
     """Appends the settings that all transformers share to the docstring of one kind, where `--help` looks for them."""
     heading = "\n\n    Attributes:\n"
     shared = (Transformer.__doc__ or "").partition(heading)[2]

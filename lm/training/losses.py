@@ -183,6 +183,7 @@ def chunked_cross_entropy(
         part = cross_entropy(logits_of(hidden_BtD), targets_Bt, weights_Bt, config, told)
         return jax.tree.map(jnp.add, total, part), None
 
-    zero = TokenLosses(*(jnp.zeros((), jnp.float32),) * 4, WeightedSum(*(jnp.zeros((count,), jnp.float32),) * 2))
+    none, each = jnp.zeros((), jnp.float32), jnp.zeros((count,), jnp.float32)
+    zero = TokenLosses(none, none, none, none, WeightedSum(each, each))
     total, _ = jax.lax.scan(body, zero, (split(hidden_BTD), split(targets_BT), split(weights_BT), split(ids_BT)))
     return total

@@ -122,7 +122,7 @@ def test_config_and_tensors_that_disagree_are_refused(folder):
 def test_another_model_than_wanted_is_refused(folder):
     wanted = dataclasses.replace(CONFIG, positions=models.Rotary(theta=7.0), vocab_size=12)
     message = refused(folder, "another model", wanted)
-    assert "config.model.positions.theta: 7.0 -> 10000.0" in message
+    assert "config.model.layers.*.positions.theta: 7.0 -> 10000.0 (3 layers)" in message
     assert "config.model.vocab_size: 12 -> 11" in message
 
 
@@ -162,21 +162,35 @@ def test_a_model_that_no_family_expresses_names_the_nearest(params, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "architecture"),
+    ("preset", "variant", "architecture"),
     [
-        ("llama3", "LlamaForCausalLM"),
-        ("mixtral", "MixtralForCausalLM"),
-        ("qwen3_moe", "Qwen3MoeForCausalLM"),
-        ("deepseek_v3", "DeepseekV3ForCausalLM"),
+        ("gpt2", "tiny", "GPT2LMHeadModel"),
+        ("llama3", "tiny", "LlamaForCausalLM"),
+        ("mistral", "tiny", "MistralForCausalLM"),
+        ("qwen", "tiny", "Qwen2ForCausalLM"),
+        ("qwen", "qwen3_tiny", "Qwen3ForCausalLM"),
+        ("gemma", "tiny", "Gemma2ForCausalLM"),
+        ("gemma", "gemma3_tiny", "Gemma3ForCausalLM"),
+        ("mixtral", "tiny", "MixtralForCausalLM"),
+        ("qwen3_moe", "tiny", "Qwen3MoeForCausalLM"),
+        ("deepseek_v3", "tiny", "DeepseekV3ForCausalLM"),
+        ("bert", "tiny", "BertForPreTraining"),
+        ("roberta", "tiny", "RobertaForMaskedLM"),
+        ("albert", "tiny", "AlbertForPreTraining"),
+        ("modernbert", "tiny", "ModernBertForMaskedLM"),
+        ("t5", "tiny", "T5ForConditionalGeneration"),
+        ("t5", "v1_1_tiny", "T5ForConditionalGeneration"),
+        ("ul2", "tiny", "T5ForConditionalGeneration"),
+        ("bart", "tiny", "BartForConditionalGeneration"),
     ],
 )
-def test_presets_are_of_their_families(preset, architecture, tmp_path):
-    config = importlib.import_module(f"configs.{preset}").get_config("tiny").model
-    mesh = parallel.build_mesh(parallel.MeshConfig(), jax.devices()[:1])
-    with parallel.use(mesh, parallel.DEFAULT_RULES):
-        params = config.build().init(jax.random.key(0))
+def test_presets_are_of_their_families(preset, variant, architecture, tmp_path):
+    config = importlib.import_module(f"configs.{preset}").get_model(variant)
+    leaves, tree = jax.tree.flatten(jax.eval_shape(config.build().init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = tree.unflatten([rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
     assert interop.save(tmp_path / "hf", config, params) == architecture
-    jax.tree.map(np.testing.assert_array_equal, interop.load_params(tmp_path / "hf", config), jax.device_get(params))
+    jax.tree.map(np.testing.assert_array_equal, interop.load_params(tmp_path / "hf", config), params)
 
 
 def test_params_of_another_model_are_refused(params, tmp_path):
