@@ -28,26 +28,25 @@ def main(workdirs: list[str]) -> int:
     from lm.evaluation.curves import draw_curves, load_history
 
     folders = [pathlib.Path(workdir) for workdir in workdirs]
-    histories = [load_history(folder) for folder in folders]
-    output, together = pathlib.Path(_OUTPUT.value), len(folders) > 1
+    histories, value = [load_history(folder) for folder in folders], _VALUE.value
     for folder, history in zip(folders, histories, strict=True):
-        lines = history.validation if together else history.train
-        known = lines[-1] if lines else {}
-        if _VALUE.value not in known:
-            there = f"there are {', '.join(known)}" if known else "there is no such line"
-            split = "held-out" if together else "training"
-            raise ConfigError(f"--value={_VALUE.value} is not in the {split} lines of {folder}/metrics.jsonl; {there}")
+        known = {name: None for lines in (history.train, history.validation) for name in (lines[-1] if lines else {})}
+        if value not in known:
+            raise ConfigError(f"--value={value} is not in {folder}/metrics.jsonl; there are {', '.join(known)}")
+    output = pathlib.Path(_OUTPUT.value)
+    # Runs are laid side by side by what was held out; what only training lines have is drawn against steps.
+    compared = len(folders) > 1 and all(any(value in line for line in history.validation) for history in histories)
     try:
-        if together:
-            table = write_table(histories, [load_facts(folder) for folder in folders], _VALUE.value)
-            draw_comparison(histories, output, _VALUE.value)
+        if compared:
+            table = write_table(histories, [load_facts(folder) for folder in folders], value)
+            draw_comparison(histories, output, value)
             output.with_suffix(".md").write_text(table, encoding="utf-8")
-            print(f"{table}\nwrote {output} and {output.with_suffix('.md')}")
-            return 0
-        draw_curves(histories, output, _VALUE.value)
+            print(table)
+        else:
+            draw_curves(histories, output, value)
     except (OSError, ValueError) as error:
         raise ConfigError(f"--output={output} cannot be written: {error}") from error
-    print(f"wrote {output}")
+    print(f"wrote {output}" + (f" and {output.with_suffix('.md')}" if compared else ""))
     return 0
 
 

@@ -85,7 +85,14 @@ OBJECTIVES: Mapping[str, Objective] = {
 
 LENGTH = 64
 TOKENIZER = Bytes(num_sentinels=40)
-_SIZES: dict[str, Any] = {"num_layers": 1, "model_dim": 16, "num_heads": 2, "mlp_dim": 32, "max_length": LENGTH, "vocab_size": 311}
+_SIZES: dict[str, Any] = {
+    "num_layers": 1,
+    "model_dim": 16,
+    "num_heads": 2,
+    "mlp_dim": 32,
+    "max_length": LENGTH,
+    "vocab_size": 311,
+}
 ARCHITECTURES: Mapping[str, Model] = {
     "Decoder": Decoder(**_SIZES),
     "Encoder": Encoder(**_SIZES),

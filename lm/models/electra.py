@@ -187,6 +187,10 @@ class ElectraModel(Model):
         }
         return seen._replace(losses={"discriminator": loss} | seen.losses, metrics=metrics | seen.metrics)
 
+    def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the number of tokens, by which the discriminator's loss is divided."""
+        return {"discriminator": jnp.sum(batch.segment_ids != 0).astype(jnp.float32)}
+
     def logits(self, params: Parameters, hidden: jax.Array) -> jax.Array:
         """Returns the generator's f32[B, T, V] for its hidden states [B, T, D]."""
         return self.generator.logits(self.generator_params(params), hidden)

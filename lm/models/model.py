@@ -147,6 +147,15 @@ class Model:
         logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
         return Output(hidden_BTD, logits_BTV, losses, metrics, cache, {**encoder_statistics, **statistics})
 
+    def loss_weights(self, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the weights f32[] of those of `Output.losses` whose weight the batch decides, over all of `batch`.
+
+        With them microbatches add up to the loss of the one batch. Routers' losses are not linear in the batch.
+        """
+        if not self.config.num_classes or batch.label_weights is None:
+            return {}
+        return {"labels": jnp.sum(batch.label_weights)}
+
     def after_update(self, old: Parameters, new: Parameters, statistics: Parameters | None) -> Parameters:
         """Sets the parameters that no gradient moves, by the rules of their descriptions.
 

@@ -67,18 +67,20 @@ def gradients(model: Any, params: Tree, batch: Batch, key: jax.Array, config: Ex
     """Returns the gradient of the batch's mean loss, and (the sums behind it, the model's statistics).
 
     Microbatches run one after another; each one's token loss is divided by the weight of the whole
-    batch, each one's other losses are averaged over microbatches.
+    batch, and so are those of the model's own losses whose weight the batch decides (`Model.loss_weights`); its
+    other losses, routers', are averaged over microbatches.
     """
     num = config.num_microbatches
     num_components = len(config.objective.traits.component_names)
     total_weight = jnp.maximum(jnp.sum(batch.weights), 1e-9)
+    own_weights = {name: jnp.maximum(weight, 1e-9) for name, weight in model.loss_weights(batch).items()}
 
     def loss(params: Tree, batch: Batch, key: jax.Array) -> tuple[jax.Array, Any]:
         sums, statistics = compute_sums(model, params, batch, key, config.loss, num_components)
         tokens, losses, _ = sums
         value = tokens.loss / total_weight
-        for pair in losses.values():
-            value = value + _mean(pair) / num
+        for name, pair in losses.items():
+            value = value + (pair.sum / own_weights[name] if name in own_weights else _mean(pair) / num)
         return value, (sums, statistics)
 
     grad = jax.grad(loss, has_aux=True)

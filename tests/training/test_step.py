@@ -10,7 +10,7 @@ import pytest
 from configs import deepseek_v3
 from lm.batch import WeightedSum
 from lm.experiment import LossConfig
-from lm.models import Output
+from lm.models import Electra, Encoder, Output
 from lm.optim import SGD, Adafactor, Average, Lion, Muon, OptimizerConfig, build_optimizer
 from lm.training.state import init_state
 from lm.training.step import compute_sums, gradients, make_evaluation_step, make_train_step
@@ -43,6 +43,33 @@ def test_microbatches_are_one_batch(num):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), sums, part_sums)
 
 
+@pytest.mark.parametrize("kind", [Encoder, Electra])
+def test_microbatches_divide_labels_once(kind):
+    """Rows have two, one or no label, and uneven padding: means of means would weigh them unequally."""
+    sizes = {"generator_dim": 16, "generator_heads": 2, "generator_mlp_dim": 16, "generator_layers": 1}
+    sizes = sizes if kind is Electra else {"num_classes": 3}
+    batch = random_batch()
+    segments = batch.segment_ids.copy()
+    segments[2, 4:] = 0
+    labels = np.zeros(batch.weights.shape, np.float32)
+    labels[0, [0, 8]] = labels[1, 0] = labels[3, [0, 8]] = 1
+    batch = batch._replace(
+        segment_ids=segments, label_weights=labels, label_targets=(np.cumsum(labels, axis=1) % 3).astype(np.int32)
+    )
+    model = kind(vocab_size=TOKENIZER.size, num_layers=1, model_dim=16, num_heads=2, mlp_dim=16, **sizes).build()
+    # Draws of Electra's generator depend on the microbatch; with sharp logits they are always the same.
+    key = jax.random.key(0)
+    results = []
+    with one_device():
+        params = jax.jit(model.init)(key)
+        if kind is Electra:
+            params["generator"]["head"]["bias"] = params["generator"]["head"]["bias"].at[70].set(1e4)
+        for num in (1, 2):
+            config = tiny(num_microbatches=num)
+            results.append(jax.jit(lambda p, b, c=config: gradients(model, p, b, key, c))(params, batch)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *results)
+
+
 class _Fixed:
     """A model whose loss at each position is the input there, and whose parameter scales it."""
 
@@ -54,6 +81,9 @@ class _Fixed:
 
     def logits(self, params, hidden):
         return hidden
+
+    def loss_weights(self, batch):
+        return {}
 
 
 def test_normalisation_known_answer():
