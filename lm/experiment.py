@@ -5,7 +5,6 @@ every clash of a config at once, in plain words, before any device is touched.
 """
 
 import dataclasses
-import os
 from typing import Literal
 
 from lm.config import ConfigError
@@ -172,8 +171,6 @@ class Experiment:
         if self.num_microbatches > 0 and self.batch_size % self.num_microbatches:
             found.append(f"num_microbatches {self.num_microbatches} does not divide batch_size {self.batch_size}")
         found += self.clashes() + self._keeping_clashes()
-        if self.init_from is not None and not os.path.isdir(self.init_from):
-            found.append(f"init_from: no directory {self.init_from}")
         return [line if line.startswith("config") else f"config.{line}" for line in found]
 
     def _keeping_clashes(self) -> list[str]:

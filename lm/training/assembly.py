@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 
 from lm import parallel
@@ -76,14 +77,15 @@ class Assembly:
 
 
 def use_compilation_cache(directory: str | None) -> None:
-    """Turns on jax's persistent compilation cache."""
+    """Turns on jax's persistent compilation cache; where it cannot be written, says so and compiles every time."""
     if directory is None:
         return
     path = os.path.expanduser(directory)
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"compilation_cache: cannot write to {path}: {error.strerror}") from error
+        logging.warning("compilation_cache: cannot write to %s (%s); every start compiles anew", path, error.strerror)
+        return
     jax.config.update("jax_compilation_cache_dir", path)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

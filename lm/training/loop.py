@@ -8,6 +8,7 @@ step k runs, so the devices never wait for the host.
 import dataclasses
 import hashlib
 import math
+import os
 import pathlib
 import signal
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 
 from lm.batch import WeightedSum
-from lm.config import UserError
+from lm.config import ConfigError, UserError
 from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
 from lm.training.assembly import Assembly, assemble, check_batch_size, check_tokenizer, use_compilation_cache
@@ -193,14 +194,14 @@ class TrainLoop:
                 pending = None
                 self._evaluate_and_save(box[0])
                 self._meter.restart()
-        self._note(pending)
+        self._note(pending, last=not stop.is_set())
         return not stop.is_set() or self.step >= self.config.num_steps
 
     def _due(self) -> bool:
         every = (self.config.evaluation.every, self.config.checkpoint.every)
         return any(n is not None and self.step % n == 0 for n in every)
 
-    def _note(self, finished: Finished | None) -> None:
+    def _note(self, finished: Finished | None, *, last: bool = False) -> None:
         """Counts one finished step, and writes it down if it is time to."""
         if finished is None:
             return
@@ -210,7 +211,7 @@ class TrainLoop:
         self.counters.skipped_steps += int(values["skipped"])
         self._meter.stepped(values["seen_tokens"])
         self._progress.update(step, values["loss"], self._meter.tokens_per_second)
-        if step % self.config.logging.every == 0 or step in (1, self.config.num_steps):
+        if step % self.config.logging.every == 0 or step in (1, self.config.num_steps) or last:
             data = self.batches.statistics()
             values["total_tokens"] = self.counters.seen_tokens
             values["flops"] = self._meter.step_flops
@@ -295,6 +296,9 @@ def train(
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir)
     with locked(folder):
+        # Only a first start reads it: a run goes on when the folder it came from is gone.
+        if not any((folder / "checkpoints").glob("*")) and not os.path.isdir(experiment.init_from or "."):
+            raise ConfigError(f"config.init_from: no directory {experiment.init_from}")
         save_config(folder, experiment, force_config=force_config)
         tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)

@@ -62,7 +62,8 @@ def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: 
       force_config: go on although the folder holds another config (which is kept as config.json.N).
 
     Raises:
-      ConfigError: it holds checkpoints of another config; the message shows the differences.
+      ConfigError: it holds checkpoints of another config; the message shows the differences. Or the tokenizer is
+        to be another one, forced or not.
     """
     if jax.process_index() != 0:
         return
@@ -84,6 +85,11 @@ def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: 
                 "Use another --workdir, or --force_config to go on in this one with the new config."
             )
         elif changes:
+            if old.get("data", {}).get("tokenizer") != new["data"]["tokenizer"]:
+                raise ConfigError(
+                    f"{workdir} holds weights trained with its own tokenizer, which cannot be exchanged; "
+                    "leave config.data.tokenizer as it was, or use another --workdir"
+                )
             number = 1
             while (workdir / f"config.json.{number}").exists():
                 number += 1

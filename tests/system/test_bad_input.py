@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -191,6 +192,15 @@ def test_documents_longer_than_the_sequence_are_cut_into_segments(call, tmp_path
     assert code == 0, err
 
 
+def test_the_tokenizer_of_a_run_cannot_be_exchanged(call, source, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    assert call(*_tiny(source), workdir)[0] == 0
+    flags = _tiny(source, **{"data.tokenizer": "Bytes", "data.tokenizer.num_sentinels": 7})
+    code, err, _ = call(*flags, workdir, "--force_config")
+    assert code == 2
+    assert "cannot be exchanged" in err
+
+
 def test_init_from_starts_from_the_weights_of_another_run(call, source, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert call(*_tiny(source, num_steps=5), f"--workdir={first}")[0] == 0
@@ -202,3 +212,7 @@ def test_init_from_starts_from_the_weights_of_another_run(call, source, tmp_path
         return [line["loss"] for line in lines if line["split"] == "train"]
 
     assert losses(second)[0] < losses(first)[0] - 0.3
+    # The second run goes on without the first.
+    shutil.rmtree(first)
+    code, err, _ = call(*flags, f"--workdir={second}")
+    assert code == 0, err
