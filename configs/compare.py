@@ -5,6 +5,7 @@ run and drawn together.
 """
 
 import dataclasses
+from typing import Any
 
 from lm.data import Bytes, DataConfig
 from lm.experiment import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig
@@ -13,7 +14,7 @@ from lm.objectives import UL2, AnyObjective, Causal, MaskedLM, PrefixLM, SpanCor
 from lm.optim import AdamW, OptimizerConfig, WarmupStableDecay
 
 BUDGET = 4e12  # floating point operations of a run, as `flops_per_token` counts them
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 384,
     "model_dim": 128,
     "num_heads": 4,
@@ -21,6 +22,7 @@ SIZES = {
     "max_length": 256,
     "norm": RMSNorm(),
     "attention": MultiHead(qk_norm="head"),
+    "scan_layers": False,
 }
 DECODER = Decoder(**SIZES, num_layers=4)
 # Two towers of half the depth.
