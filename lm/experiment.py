@@ -7,11 +7,12 @@ every clash of a config at once, in plain words, before any device is touched.
 import dataclasses
 from typing import Literal
 
+from lm.batch import SpecialTokens
 from lm.config import ConfigError
 from lm.data import DataConfig
 from lm.document import Layout
 from lm.models import Decoder, Electra, Encoder, EncoderDecoder
-from lm.objectives import AnyObjective, Causal
+from lm.objectives import ALBERT, BART, BERT, AnyObjective, Causal, MaskedLM, SpanCorruption
 from lm.optim import OptimizerConfig
 from lm.parallel import MeshConfig
 
@@ -292,3 +293,11 @@ class Experiment:
         found = self.problems()
         if found:
             raise ConfigError("\n".join(found))
+
+
+def suit(model: Decoder | Encoder | EncoderDecoder | Electra, data: DataConfig, specials: SpecialTokens) -> Experiment:
+    """Returns a run with the usual objective that suits model and tokenizer best, so that a ported one trains on."""
+    pairs = (ALBERT, BERT) if model.share_layers else (BERT, ALBERT)
+    usual = (Causal(), SpanCorruption(), BART(), MaskedLM(), *pairs)
+    runs = [Experiment(model=model, objective=objective, data=data) for objective in usual]
+    return min(runs, key=lambda run: (len(run.clashes()), len(run.objective.problems(specials, data.lengths))))
