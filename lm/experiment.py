@@ -196,10 +196,14 @@ class Experiment:
         found = self._layout_clashes() + self._length_clashes() + self._order_clashes() + self._field_clashes()
         if self.data.tokenizer.known is not None:
             size, specials = self.data.tokenizer.known
-            found += self.objective.problems(specials, self.data.lengths)
+            found += self.objective_problems(specials)
             if size > self.model.vocab_size:
                 found.append(too_few_ids(self.model.vocab_size, size))
         return list(dict.fromkeys(found))
+
+    def objective_problems(self, specials: SpecialTokens) -> list[str]:
+        """Returns one sentence for each reason why the objective cannot work with this tokenizer and these lengths."""
+        return [f"objective: {problem}" for problem in self.objective.problems(specials, self.data.lengths)]
 
     @property
     def _names(self) -> tuple[str, str]:
@@ -300,4 +304,4 @@ def suit(model: Decoder | Encoder | EncoderDecoder | Electra, data: DataConfig, 
     pairs = (ALBERT, BERT) if model.share_layers else (BERT, ALBERT)
     usual = (Causal(), SpanCorruption(), BART(), MaskedLM(), *pairs)
     runs = [Experiment(model=model, objective=objective, data=data) for objective in usual]
-    return min(runs, key=lambda run: (len(run.clashes()), len(run.objective.problems(specials, data.lengths))))
+    return min(runs, key=lambda run: (len(run.clashes()), len(run.objective_problems(specials))))
