@@ -7,7 +7,6 @@ what was written here. Exit status: 0 done, 2 something to mend, nothing written
 """
 
 import pathlib
-from typing import Any
 
 from absl import flags
 
@@ -21,32 +20,24 @@ _STEP = flags.DEFINE_integer("step", None, "Which checkpoint of the run (default
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of Hugging Face tensors.")
 
 
-def _objective(model: Any) -> Any:
-    """Returns what a model with such towers is usually trained on."""
-    from lm import objectives
-
-    if not model.decoder_depth:
-        return objectives.MaskedLM()
-    return objectives.SpanCorruption() if model.encoder_depth else objectives.Causal()
-
-
 def _to_run(source: str, target: str) -> str:
     from lm import interop
     from lm.data import DataConfig, HuggingFace, load_tokenizer
-    from lm.experiment import Experiment
+    from lm.experiment import Experiment, suit
     from lm.training.checkpoints import save_params
     from lm.training.workdir import save_config
 
     model = interop.load_config(source)
-    data = DataConfig(tokenizer=HuggingFace(path=source), sequence_length=min(model.max_length, 1024))
-    if problems := data.tokenizer.problems():
+    length, two_stacks = min(model.max_length, 1024), model.encoder_depth and model.decoder_depth
+    tokenizer = HuggingFace(path=source)
+    data = DataConfig(tokenizer=tokenizer, sequence_length=length, encoder_length=length if two_stacks else None)
+    if problems := tokenizer.problems():
         raise ConfigError(f"{problems[0]}; transformers writes one with AutoTokenizer.save_pretrained")
-    fields: dict[str, Any] = {"model": model, "objective": _objective(model), "data": data}
-    experiment = Experiment(**fields)
-    if problems := configs.check_types(experiment, Experiment):
-        raise ConfigError("\n".join(problems))
     with interop.new_folder(pathlib.Path(target)) as partial:
-        load_tokenizer(data.tokenizer, data, partial / "tokenizer")
+        vocabulary = load_tokenizer(tokenizer, data, partial / "tokenizer")
+        experiment = suit(model, data, vocabulary.specials)
+        if problems := configs.check_types(experiment, Experiment):
+            raise ConfigError("\n".join(problems))
         interop.copy_tokenizer(source, partial / "tokenizer")
         save_config(partial, experiment, force_config=False)
         save_params(partial, interop.load_params(source, model))
@@ -58,8 +49,9 @@ def _to_checkpoint(source: str, target: str) -> str:
     from lm.training.assembly import load_run
 
     run = load_run(source, _STEP.value)
+    start = run.experiment.objective.traits.frame.start
     settings = {"tokenizer_dir": run.workdir / "tokenizer", "specials": run.tokenizer.specials, "dtype": _DTYPE.value}
-    architecture = interop.save(target, run.experiment.model, run.params, **settings)
+    architecture = interop.save(target, run.experiment.model, run.params, start=start, **settings)
     return f"{target}: step {run.step}, opens with transformers.{architecture}.from_pretrained"
 
 

@@ -86,6 +86,28 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Frame:
+    """The special tokens, by name, around what a trained model is asked to continue.
+
+    One stack reads `start`, `before`, the text, `after`. With two, the encoder reads `before`, the text, `after`, and
+    the decoder begins with `start`, `before`: source and target begin alike.
+
+    Attributes:
+      start: the decoder's first input.
+      before: at the beginning of a source, and of a target.
+      after: behind the text.
+    """
+
+    start: str = "bos"
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+
+
+# Text alone, as a causal model reads it.
+PLAIN = Frame()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
     """What an objective's examples hold, as data, so that a model is checked against them without naming either.
 
@@ -101,6 +123,8 @@ class Traits:
       needs_generator: whether the objective is meant for such a model only.
       fields: optional fields of `Batch` that every example sets, the encoder's apart.
       num_labels: classes in `label_targets`; 0 where no label is set.
+      label_rule: what the label says; those of different rules cannot be learnt by one head. Empty without labels.
+      frame: how examples begin and where their source ends, so that prompts are laid out as training was.
       component_names: what the ids in `components` stand for, for logs; empty where the field is not set.
     """
 
@@ -111,6 +135,8 @@ class Traits:
     needs_generator: bool = False
     fields: frozenset[str] = frozenset()
     num_labels: int = 0
+    label_rule: str = ""
+    frame: Frame = PLAIN
     component_names: tuple[str, ...] = ()
 
 

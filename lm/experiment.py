@@ -7,11 +7,12 @@ every clash of a config at once, in plain words, before any device is touched.
 import dataclasses
 from typing import Literal
 
+from lm.batch import SpecialTokens
 from lm.config import ConfigError
 from lm.data import DataConfig
 from lm.document import Layout
 from lm.models import Decoder, Electra, Encoder, EncoderDecoder
-from lm.objectives import AnyObjective, Causal
+from lm.objectives import ALBERT, BART, BERT, AnyObjective, Causal, MaskedLM, SpanCorruption
 from lm.optim import OptimizerConfig
 from lm.parallel import MeshConfig
 
@@ -195,10 +196,14 @@ class Experiment:
         found = self._layout_clashes() + self._length_clashes() + self._order_clashes() + self._field_clashes()
         if self.data.tokenizer.known is not None:
             size, specials = self.data.tokenizer.known
-            found += self.objective.problems(specials, self.data.lengths)
+            found += self.objective_problems(specials)
             if size > self.model.vocab_size:
                 found.append(too_few_ids(self.model.vocab_size, size))
         return list(dict.fromkeys(found))
+
+    def objective_problems(self, specials: SpecialTokens) -> list[str]:
+        """Returns one sentence for each reason why the objective cannot work with this tokenizer and these lengths."""
+        return [f"objective: {problem}" for problem in self.objective.problems(specials, self.data.lengths)]
 
     @property
     def _names(self) -> tuple[str, str]:
@@ -292,3 +297,11 @@ class Experiment:
         found = self.problems()
         if found:
             raise ConfigError("\n".join(found))
+
+
+def suit(model: Decoder | Encoder | EncoderDecoder | Electra, data: DataConfig, specials: SpecialTokens) -> Experiment:
+    """Returns a run with the usual objective that suits model and tokenizer best, so that a ported one trains on."""
+    pairs = (ALBERT, BERT) if model.share_layers else (BERT, ALBERT)
+    usual = (Causal(), SpanCorruption(), BART(), MaskedLM(), *pairs)
+    runs = [Experiment(model=model, objective=objective, data=data) for objective in usual]
+    return min(runs, key=lambda run: (len(run.clashes()), len(run.objective_problems(specials))))

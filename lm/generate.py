@@ -47,19 +47,20 @@ def main(_: list[str]) -> int:
     if problems := sampling.problems():
         raise ConfigError("; ".join(f"--{problem}" for problem in problems))
     run = load_run(_WORKDIR.value, _STEP.value)
-    most = fit_max_tokens(run.model, run.tokenizer, prompts, most=256)
+    traits = run.experiment.objective.traits
+    most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, traits.frame)
     most = most if _MAX_TOKENS.value is None else _MAX_TOKENS.value
-    decoder = build_decoder(run.model, run.tokenizer, run.experiment.objective.traits, sampling, most)
+    decoder = build_decoder(run.model, run.tokenizer, traits, sampling, most)
     with run.assembly.placed():
         if len(prompts) == 1:
-            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value)
+            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value, frame=traits.frame)
             # The first piece is made before anything is printed: a prompt that is too long is refused there.
             print(prompts[0] + next(pieces), end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
             return 0
-        settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value}
+        settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value, "frame": traits.frame}
         completed = complete_texts(decoder, run.params, run.tokenizer, prompts, **settings)
         for i, (text, continuation) in enumerate(zip(prompts, completed, strict=True)):
             print(f"--- {i + 1} of {len(prompts)}\n{text}{continuation}", flush=True)

@@ -4,8 +4,11 @@ import dataclasses
 
 import pytest
 
+from configs import albert, bart, bert, gpt2, roberta, t5
 from lm.data import Bytes, SentencePiece
+from lm.data.tokenizers import ByteTokenizer
 from lm.evaluation import cells
+from lm.experiment import suit
 from lm.models import MultiHead, Plain
 from lm.objectives import BERT, GLM, ROBERTA, Causal, Component, Mixture, PrefixLM, SpanCorruption
 
@@ -103,3 +106,24 @@ def test_an_unknown_tokenizer_is_asked_later(objective):
     run = dataclasses.replace(run, objective=objective)
     assert any("nowhere" in line for line in run.problems())
     assert not any("the tokenizer" in line for line in run.problems())
+
+
+@pytest.mark.parametrize(
+    ("preset", "lacking", "objective"),
+    [
+        (gpt2, {}, "Causal"),
+        (t5, {"mask": None}, "SpanCorruption"),
+        (bart, {"sentinels": ()}, "BART"),
+        (roberta, {}, "MaskedLM"),
+        (bert, {}, "MaskedLM"),
+        (albert, {}, "MaskedLM"),
+    ],
+)
+def test_a_ported_model_gets_an_objective_that_trains_it(preset, lacking, objective):
+    start = preset.get_config("tiny")
+    specials = dataclasses.replace(ByteTokenizer(100).specials, **lacking)
+    found = suit(start.model, start.data, specials)
+    assert type(found.objective).__name__ == objective
+    assert found.objective.traits.label_rule == start.objective.traits.label_rule
+    assert not found.clashes()
+    assert not found.objective.problems(specials, found.data.lengths)

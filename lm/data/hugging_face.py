@@ -21,11 +21,13 @@ from lm.data import tokenizers as own
 from lm.data.formats import DataError
 
 FILE = "tokenizer.json"
+# With full-width bars and SentencePiece's spaces.
+DEEPSEEK = "<\uff5c{}\u2581of\u2581sentence\uff5c>"
 # Names under which published tokenizers carry each special token, the first found wins.
 NAMES = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>", "<|endoftext|>"),
-    "bos": ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>"),
-    "eos": ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>"),
+    "bos": ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", DEEPSEEK.format("begin")),
+    "eos": ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>", DEEPSEEK.format("end")),
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]"),
     "cls": ("[CLS]", "<cls>"),
@@ -80,6 +82,9 @@ def _find_specials(ids: dict[str, int]) -> SpecialTokens:
     found: dict[str, Any] = {}
     for field, names in NAMES.items():
         found[field] = next((ids[name] for name in names if name in ids), None)
+    if found["mask"] is not None and found["cls"] is None and found["sep"] is None:
+        # RoBERTa's kind frames an encoder's text by <s> and </s>.
+        found["cls"], found["sep"] = found["bos"], found["eos"]
     if found["pad"] is None:
         # Validity is said by segment ids and weights, so any id can fill.
         found["pad"] = 0
@@ -87,6 +92,9 @@ def _find_specials(ids: dict[str, int]) -> SpecialTokens:
     sentinels: list[int] = []
     while (name := f"<extra_id_{len(sentinels)}>") in ids:
         sentinels.append(ids[name])
+    if sentinels and found["bos"] is None and found["eos"] is not None:
+        # T5's decoder starts with pad, the only one that it has for that.
+        found["bos"] = found["pad"]
     return SpecialTokens(**found, fim=tuple(ids[name] for name in fim), sentinels=tuple(sentinels))
 
 

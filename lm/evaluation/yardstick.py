@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.document import Context, Layout, Objective, Traits
+from lm.document import PLAIN, Context, Frame, Layout, Objective, Traits
 from lm.objectives import Causal
 from lm.objectives.base import cut, find_missing, special
 from lm.objectives.glm import arrange_blanks
@@ -34,7 +34,12 @@ class Continuation:
 
     A document is cut into decoder rows. The encoder reads what comes right before the piece, as much as fits, and
     eos; before the first piece there is nothing, so its source is eos alone. The document's eos is scored too.
+
+    Attributes:
+      frame: the special tokens around sources and before targets in training.
     """
+
+    frame: Frame = PLAIN
 
     @property
     def traits(self) -> Traits:
@@ -45,20 +50,25 @@ class Continuation:
         """Returns one example for each piece of the document; none for an empty document."""
         if len(document.tokens) == 0:
             return []
-        specials, room = context.vocabulary.specials, (context.lengths.encoder or 1) - 1
-        bos, eos = special(specials, "bos"), special(specials, "eos")
+        specials = context.vocabulary.specials
+        before = [special(specials, name) for name in self.frame.before]
+        first, eos = special(specials, self.frame.start), special(specials, "eos")
+        room = (context.lengths.encoder or 1) - 1 - len(before)
         stream = np.append(document.tokens, eos).astype(np.int32)
         examples, start = [], 0
-        for target in cut(stream, context.lengths.tokens):
-            source = np.append(stream[max(0, start - room) : start], eos).astype(np.int32)
-            inputs = np.concatenate([[bos], target[:-1]]).astype(np.int32)
-            examples.append(Example(inputs, target, np.ones(len(target), np.float32), encoder_inputs=source))
-            start += len(target)
+        for piece in cut(stream, context.lengths.tokens - len(before)):
+            source = np.concatenate([before, stream[max(0, start - room) : start], [eos]]).astype(np.int32)
+            target = np.concatenate([before, piece]).astype(np.int32)
+            inputs = np.concatenate([[first], target[:-1]]).astype(np.int32)
+            weights = (np.arange(len(target)) >= len(before)).astype(np.float32)
+            examples.append(Example(inputs, target, weights, encoder_inputs=source))
+            start += len(piece)
         return examples
 
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         """Returns what cannot work in these settings."""
-        return find_missing(specials, "bos", "eos") + ([] if lengths.encoder else ["lengths.encoder must be set"])
+        needed = {self.frame.start, *self.frame.before, "eos"}
+        return find_missing(specials, *sorted(needed)) + ([] if lengths.encoder else ["lengths.encoder must be set"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +168,7 @@ def choose_yardstick(objective: Objective, layout: Layout) -> Yardstick:
         return Yardstick(PseudoLikelihood(block_positions=blanks), words)
     if layout == "encoder_decoder":
         words = "each token after those before it, the encoder reading what comes before the decoder's row"
-        return Yardstick(Continuation(), words)
+        return Yardstick(Continuation(frame=traits.frame), words)
     if blanks:
         return Yardstick(WholeBlank(), "each token after those before it, each row being one blank")
     return Yardstick(Causal(), "each token after those before it in its row")

@@ -201,6 +201,7 @@ def save(
     specials: SpecialTokens | None = None,
     dtype: Dtype = "float32",
     shard_bytes: int = 5_000_000_000,
+    start: str = "bos",
 ) -> str:
     """Writes a folder that `transformers` opens with `from_pretrained`.
 
@@ -209,9 +210,10 @@ def save(
       config: of the model.
       params: its parameters; each tensor is brought to the host when it is written.
       tokenizer_dir: folder whose tokenizer files are copied, byte for byte.
-      specials: ids for config.json's bos (with which a decoder starts), eos and pad; None leaves them null.
+      specials: ids for config.json's bos, eos and pad; None leaves them null.
       dtype: of the tensors in the files.
       shard_bytes: size from which tensors are spread over several files.
+      start: name of the special token with which the decoder of two stacks starts (`lm.document.Frame`).
 
     Returns:
       The class of `transformers` that opens it.
@@ -232,8 +234,9 @@ def save(
         entry = by_name[name]
         return entry.merge([np.asarray(jax.device_get(leaves[path][index])) for path, index in entry.parts])
 
-    if specials is not None and specials.bos is not None and "decoder_start_token_id" in fields:
-        fields = {**fields, "decoder_start_token_id": specials.bos}
+    begins = None if specials is None else getattr(specials, start)
+    if begins is not None and "decoder_start_token_id" in fields:
+        fields = {**fields, "decoder_start_token_id": begins}
     with new_folder(pathlib.Path(folder)) as partial:
         text = json.dumps({**_header(family, specials, dtype), **fields}, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")

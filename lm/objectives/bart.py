@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special
+from lm.objectives.base import CORRUPTION, Context, Frame, Traits, Vocabulary, cut, find_missing, special
 from lm.objectives.noise import cover_spans, place_spans
 from lm.objectives.sentences import split_sentences
 from lm.objectives.text_to_text import TextToText, join
@@ -70,8 +70,9 @@ class BART:
 
     @property
     def traits(self) -> Traits:
-        """Those of a text-to-text objective."""
-        return TextToText(prefix=self.prefix).traits
+        """Those of a text-to-text objective whose source has a bos of its own and whose decoder starts with eos."""
+        frame = Frame(start="eos", before=("bos",), after=("eos",))
+        return dataclasses.replace(TextToText(prefix=self.prefix).traits, frame=frame)
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each segment of the document."""

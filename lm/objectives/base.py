@@ -9,6 +9,7 @@ import numpy as np
 
 from lm.batch import SpecialTokens
 from lm.document import Context as Context
+from lm.document import Frame as Frame
 from lm.document import Layout as Layout
 from lm.document import Objective as Objective
 from lm.document import Traits as Traits

@@ -81,6 +81,7 @@ class MaskedLM:
             originals=True,
             fields=fields,
             num_labels=self.texts.num_labels,
+            label_rule=type(self.texts).__name__ if self.texts.num_labels else "",
         )
 
     def count(self, length: int, rng: np.random.Generator) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 import lm.objectives
 from lm.batch import DTYPES, Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CHOICE, Context, Traits
+from lm.objectives.base import CHOICE, Context, Frame, Traits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,9 @@ class Mixture:
             needs_generator=any(t.needs_generator for t in inner),
             fields=frozenset({"components"}).union(*(t.fields for t in inner)),
             num_labels=max((t.num_labels for t in inner), default=0),
+            label_rule=next((t.label_rule for t in inner if t.label_rule), ""),
+            # Prompts are laid out as those of the first component that generates.
+            frame=next((t.frame for t in inner if t.autoregressive), Frame()),
             component_names=tuple(name for component in self.components for name in component.names),
         )
 
@@ -93,6 +96,7 @@ class Mixture:
             problems.append(f"the components have no layout in common ({shown}): no model can train on all of them")
         elif lengths.encoder is not None and weights and "encoder_decoder" not in self.traits.layouts:
             problems.append("lengths.encoder is set, but not every component makes examples for two stacks: unset it")
+        problems += self._label_problems()
         for component in self.components:
             if isinstance(component.objective, Mixture):
                 problems.append(f"component {component.name} is a mixture: list its components here instead")
@@ -100,6 +104,14 @@ class Mixture:
             found = component.objective.problems(specials, lengths)
             problems += [f"component {component.name}: {problem}" for problem in found]
         return problems
+
+    def _label_problems(self) -> list[str]:
+        """What a single pooled head cannot learn: different questions answered by the same classes."""
+        rules = {c.name: rule for c in self.components if (rule := c.objective.traits.label_rule)}
+        if len(set(rules.values())) < 2:
+            return []
+        shown = ", ".join(f"{name}: {rule}" for name, rule in rules.items())
+        return [f"the components label pairs by different rules ({shown}), and a model has one pooled head: keep one"]
 
 
 def complete(example: Example, first_id: int, fields: frozenset[str]) -> Example:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special, take
+from lm.objectives.base import CORRUPTION, Context, Frame, Traits, Vocabulary, cut, find_missing, special, take
 
 
 class Sizes(NamedTuple):
@@ -50,7 +50,11 @@ class TextToText:
     @property
     def traits(self) -> Traits:
         """Two stacks, or one with or without a bidirectional prefix."""
-        return Traits(layouts=frozenset({"decoder", "encoder_decoder"}), bidirectional=self.prefix == "bidirectional")
+        return Traits(
+            layouts=frozenset({"decoder", "encoder_decoder"}),
+            bidirectional=self.prefix == "bidirectional",
+            frame=Frame(after=("eos",) if self.source_eos else ()),
+        )
 
     def fits(self, sizes: Sizes, lengths: Lengths) -> bool:
         """Tells whether a segment of these sizes fits a row, with its eos."""

@@ -6,6 +6,7 @@ Knows no loop. Law: two assemblies of one config describe the same arrays.
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -96,11 +97,11 @@ def check_vocabulary(experiment: Experiment, tokenizer: Any) -> None:
     Raises:
       ConfigError: more ids than the model has, or special tokens that the objective lacks.
     """
-    found = list(experiment.objective.problems(tokenizer.specials, experiment.data.lengths))
+    found = experiment.objective_problems(tokenizer.specials)
     if tokenizer.size > experiment.model.vocab_size:
         found.append(too_few_ids(experiment.model.vocab_size, tokenizer.size))
     if found:
-        raise ConfigError("\n".join(f"config: {line}" for line in found))
+        raise ConfigError("\n".join(f"config.{line}" for line in found))
 
 
 def check_tokenizer(workdir: pathlib.Path, tokenizer: Any) -> None:
@@ -121,7 +122,7 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     """Builds the parts of a run; allocates nothing on the devices.
 
     Raises:
-      ConfigError: the mesh does not fit the devices, or the tokenizer does not fit the model.
+      ConfigError: the mesh does not fit the devices or the model, or the tokenizer does not fit the model.
     """
     check_vocabulary(experiment, tokenizer)
     try:
@@ -136,9 +137,36 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
         shapes = jax.eval_shape(
             lambda seed: init_state(model, optimizer, seed, experiment.optimizer.average), jnp.zeros((), jnp.int32)
         )
+    check_shards(shapes.params, model.axes(), mesh, rules)
     shardings = state_shardings(model, shapes, mesh, rules)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     return Assembly(experiment, mesh, rules, tokenizer, model, optimizer, state)
+
+
+def check_shards(params: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) -> None:
+    """Checks that the mesh divides each axis of the parameters that it shards.
+
+    Raises:
+      ConfigError: with one line for each pair of mesh axes and size that does not fit.
+    """
+    found = {}
+
+    def check(path: tuple[Any, ...], array: Any, names: tuple[str | None, ...]) -> None:
+        for size, name, entry in zip(array.shape, names, parallel.spec(names, rules.parameters), strict=True):
+            # A PartitionSpec unpacks tuples of one.
+            carriers = (entry,) if isinstance(entry, str) else entry or ()
+            shards = math.prod(mesh.shape[axis] for axis in carriers)
+            if size % shards:
+                where = "/".join(str(entry.key) for entry in path)
+                fields = ", ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in carriers)
+                found.setdefault(
+                    (name, size),
+                    f"config.{fields} does not divide the {size} {name} of {where}: choose a divisor of {size}",
+                )
+
+    jax.tree_util.tree_map_with_path(check, params, axes)
+    if found:
+        raise ConfigError("\n".join(found.values()))
 
 
 def row_shards(mesh: Mesh) -> int:

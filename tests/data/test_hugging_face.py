@@ -63,9 +63,23 @@ def test_byte_level_is_lossless(saved):
 def test_specials_by_name(saved):
     specials = saved(byte_level()).build(None).specials
     assert (specials.bos, specials.pad, specials.eos, specials.mask, specials.sentinels) == (0, 1, 2, 3, (4, 5))
-    assert specials.cls is None
+    # As RoBERTa, which has no others to frame an encoder's text with.
+    assert (specials.cls, specials.sep) == (0, 2)
     assert specials.unk is None
     assert specials.fim == ()
+
+
+def test_specials_of_families_without_a_bos_of_that_name(saved):
+    names = ["<pad>", "</s>", "<extra_id_0>"]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    made.add_special_tokens(names)
+    # T5's decoder starts with pad.
+    assert saved(made).build(None).specials.bos == 0
+    names = ["<\uff5cbegin\u2581of\u2581sentence\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({name: i for i, name in enumerate(names)}, []))
+    made.add_special_tokens(names)
+    specials = saved(made).build(None).specials
+    assert (specials.bos, specials.eos) == (0, 1)
 
 
 def test_word_piece(saved):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 
 from lm import models, parallel
-from lm.batch import Batch
+from lm.batch import Batch, Document, Lengths
 from lm.data.tokenizers import ByteTokenizer
 from lm.decoding import Decoder, DecodingError, Sampling, complete_texts, encode_prompts, pad_prompts, stream_text
+from lm.document import Context
 from lm.models.transformer import Transformer
+from lm.objectives import BART, PrefixLM, SpanCorruption
 
 VOCAB, MAX_TOKENS = 31, 6
 
@@ -117,13 +120,51 @@ def test_a_row_reads_its_own_source_only():
 def test_text_goes_to_the_encoder():
     vocabulary = ByteTokenizer(0)
     model, params = make(vocabulary.size)
-    prompts = encode_prompts(model, vocabulary, ["hello", ""], [0, 1])
+    frame = SpanCorruption().traits.frame
+    prompts = encode_prompts(model, vocabulary, ["hello", ""], [0, 1], frame)
     assert prompts.tokens.tolist() == [[vocabulary.specials.bos]] * 2
     assert prompts.encoder_tokens[0, :6].tolist() == [*vocabulary.encode("hello"), vocabulary.specials.eos]
     assert prompts.encoder_lengths.tolist() == [6, 1]
     decoder = dataclasses.replace(greedy(model), num_ids=vocabulary.size)
-    whole = list(complete_texts(decoder, params, vocabulary, ["hello", ""]))
-    assert "".join(stream_text(decoder, params, vocabulary, "hello")) == whole[0]
+    whole = list(complete_texts(decoder, params, vocabulary, ["hello", ""], frame=frame))
+    assert "".join(stream_text(decoder, params, vocabulary, "hello", frame=frame)) == whole[0]
+
+
+@pytest.mark.parametrize("objective", [PrefixLM(), SpanCorruption(), BART(mask_rate=0.0, permute_rate=0.0)])
+def test_prompts_stand_where_sources_stood_in_training(objective):
+    vocabulary = ByteTokenizer(100)
+    text = "one two three four five six."
+    document = Document("0", text, vocabulary.encode(text))
+    model, _ = make(vocabulary.size)
+    frame = objective.traits.frame
+    context = Context(vocabulary, Lengths(64, 64), 0, 0, 0, lambda rng: document)
+    (example,) = objective.examples(document, context)
+    made = encode_prompts(model, vocabulary, [text], [0], frame)
+    source = made.encoder_tokens[0, : made.encoder_lengths[0]]
+    before, after = len(frame.before), len(frame.after)
+    assert source.tolist()[before : len(source) - after] == vocabulary.encode(text).tolist()
+    assert source[:before].tolist() == example.encoder_inputs[:before].tolist()
+    assert source[len(source) - after :].tolist() == example.encoder_inputs[-after:].tolist()
+    assert made.tokens[0, : made.lengths[0]].tolist() == example.inputs[: 1 + before].tolist()
+    # In one stack the same comes one after the other.
+    (example,) = objective.examples(document, dataclasses.replace(context, lengths=Lengths(140)))
+    alone = encode_prompts(SimpleNamespace(config=SimpleNamespace(encoder_depth=0)), vocabulary, [text], [0], frame)
+    prompt = alone.tokens[0, : alone.lengths[0]]
+    visible = example.inputs[: int(example.bidirectional.sum())]
+    assert prompt[: 1 + before].tolist() == visible[: 1 + before].tolist()
+    assert prompt[len(prompt) - after :].tolist() == visible[-after:].tolist()
+    assert prompt.tolist() == [*made.tokens[0, :1], *source]
+
+
+def test_what_begins_a_target_is_not_shown():
+    """A single stack that BART trained makes bos first."""
+    vocabulary = ByteTokenizer(0)
+    model, params = make(vocabulary.size)
+    # All logits are alike, so that 0 is made again and again.
+    params = {**params, "tokens": {"embedding": params["tokens"]["embedding"] * 0}}
+    decoder = dataclasses.replace(greedy(model), num_ids=vocabulary.size)
+    vocabulary.specials = dataclasses.replace(vocabulary.specials, bos=0)
+    assert list(complete_texts(decoder, params, vocabulary, ["hello"])) == [""]
 
 
 def test_a_source_that_is_too_long_is_an_error():

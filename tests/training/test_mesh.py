@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from lm.config import ConfigError
+from lm.models import MixtureOfExperts
 from lm.optim import SGD, Constant, OptimizerConfig
 from lm.parallel import MeshConfig
 from lm.training.assembly import assemble
@@ -46,6 +48,13 @@ def test_the_mesh_does_not_change_the_run(name, expected):
     history, params = _run(MESHES[name])
     np.testing.assert_allclose(history, expected[0], rtol=2e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), params, expected[1])
+
+
+def test_an_expert_count_that_does_not_divide_is_named():
+    experts = MixtureOfExperts(num_experts=6, num_selected=2)
+    config = tiny(model=dataclasses.replace(tiny().model, mlp=experts), mesh=MeshConfig(data=2, expert=4))
+    with pytest.raises(ConfigError, match=r"config\.mesh\.expert 4 does not divide the 6 experts of decoder/"):
+        assemble(config, TOKENIZER)
 
 
 def test_fsdp_divides_parameters_and_optimizer_state():
