@@ -1,13 +1,17 @@
 """One process, eight virtual CPU devices, a persistent compilation cache, strict jax settings; shared fixtures."""
 
+import gc
 import os
 import pathlib
 import pydoc_data.topics
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Cheap code generation: tests check values and programs, never speed.
+# Cheap code generation: tests check values and programs, never speed. Eight virtual devices on a busy machine may
+# wait long for each other; XLA's own limit of 40 seconds would end the process.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
 )
 
 import jax
@@ -20,6 +24,18 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Two programs of eight devices each in flight can starve each other of threads.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+@pytest.fixture(autouse=True)
+def few_live_programs():
+    """Lets go of compiled programs before their memory maps reach the system's limit, which ends the process."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

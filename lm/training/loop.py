@@ -104,6 +104,9 @@ class TrainLoop:
         self.counters = Counters()
         self.step = 0
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
+        # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
+        devices = assembly.mesh.devices
+        self._one_at_a_time = devices.size > 1 and devices.flat[0].platform == "cpu"
 
     def restore(self) -> TrainState:
         """Returns the newest sound state, or the first one; sets the data and the counters to match."""
@@ -184,6 +187,8 @@ class TrainLoop:
                 break
             self._meter.waited(time.perf_counter() - started)
             box[0], metrics = step(box[0], self.assembly.place(batch))
+            if self._one_at_a_time:
+                jax.block_until_ready(metrics)
             self.step += 1
             self.counters.data_order = _chain(self.counters.data_order, self.batches.digest())
             # Written down one step late: while this step runs, the last one's figures are read.

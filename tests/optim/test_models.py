@@ -13,7 +13,12 @@ CONFIGS = {
     "gpt2": models.Decoder(**SIZES, positions=models.Learned(), norm=models.LayerNorm(), mlp=models.Mlp(use_bias=True)),
     "qk_norm": models.Decoder(**SIZES, attention=models.MultiHead(qk_norm="all", use_qkv_bias=True, sinks=True)),
     "relative": models.Decoder(
-        **SIZES, positions=models.Bucketed(), head_bias=True, embedding_dim=8, tied_embeddings=False
+        **SIZES,
+        positions=models.Bucketed(),
+        head_bias=True,
+        embedding_dim=8,
+        tied_embeddings=False,
+        head_transform=models.HeadTransform(),
     ),
 }
 RULES = [AdamW(), Adafactor(min_size_to_factor=4), Lion(), Muon()]
