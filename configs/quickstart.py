@@ -33,12 +33,12 @@ def get_config(variant: str = "") -> Experiment:
         ),
         optimizer=OptimizerConfig(
             rule=AdamW(),
-            schedule=WarmupStableDecay(warmup_steps=20, decay_steps=100),
+            schedule=WarmupStableDecay(warmup_steps=20, decay_steps=90),
             learning_rate=3e-3,
         ),
-        num_steps=300,
+        num_steps=240,
         batch_size=8,
-        evaluation=EvaluationConfig(every=100, num_batches=8),
-        checkpoint=CheckpointConfig(every=100, keep_best=1),
+        evaluation=EvaluationConfig(every=80, num_batches=8),
+        checkpoint=CheckpointConfig(every=80, keep_best=1),
         logging=LoggingConfig(every=5),
     )
