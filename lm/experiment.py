@@ -5,7 +5,7 @@ every clash of a config at once, in plain words, before any device is touched.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from lm.batch import SpecialTokens
 from lm.config import ConfigError
@@ -299,7 +299,7 @@ class Experiment:
             raise ConfigError("\n".join(found))
 
 
-def suit(model: Decoder | Encoder | EncoderDecoder | Electra, data: DataConfig, specials: SpecialTokens) -> Experiment:
+def suit(model: Any, data: DataConfig, specials: SpecialTokens) -> Experiment:
     """Returns a run with the usual objective that suits model and tokenizer best, so that a ported one trains on."""
     pairs = (ALBERT, BERT) if model.share_layers else (BERT, ALBERT)
     usual = (Causal(), SpanCorruption(), BART(), MaskedLM(), *pairs)

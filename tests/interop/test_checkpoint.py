@@ -211,3 +211,14 @@ def test_tokenizer_files_and_special_tokens_are_carried(params, tmp_path):
     assert (tmp_path / "hf" / "merges.txt").read_bytes() == b"\xffmerges.txt"
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (written["pad_token_id"], written["bos_token_id"], written["eos_token_id"]) == (3, 4, None)
+
+
+def test_a_decoder_starts_as_training_did(tmp_path):
+    config = importlib.import_module("configs.bart").get_model("tiny")
+    shapes = jax.eval_shape(config.build().init, jax.random.key(0))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    specials = SpecialTokens(pad=3, bos=4, eos=5)
+    for start, token in (("bos", 4), ("eos", 5)):
+        interop.save(tmp_path / start, config, zeros, specials=specials, start=start)
+        written = json.loads((tmp_path / start / "config.json").read_text())
+        assert written["decoder_start_token_id"] == token
