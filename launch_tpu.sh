@@ -188,6 +188,9 @@ worker_start() {
   fi
   rm -f ~/lm-run/status ~/lm-run/stopped
   echo "$words" >~/lm-run/command
+  # The log is that of this start; what earlier ones wrote is kept beside it.
+  if [[ -e ~/lm-run/log ]]; then cat ~/lm-run/log >>~/lm-run/log.earlier; fi
+  : >~/lm-run/log
   setsid nohup bash ~/lm/launch_tpu.sh --on_worker supervise "$@" >>~/lm-run/log 2>&1 </dev/null &
   echo "$! $(worker_boot)" >~/lm-run/pid
 }
@@ -228,7 +231,13 @@ worker() {
       worker_stop "$@"
       echo "lm-worker done"
       ;;
-    unpack | install | mount | start | stop)
+    prepare)
+      worker_unpack
+      worker_install
+      if [[ -n ${1:-} ]]; then worker_mount "$1"; fi
+      echo "lm-worker done"
+      ;;
+    start | stop)
       "worker_$action" "$@"
       echo "lm-worker done"
       ;;
@@ -414,6 +423,8 @@ on_workers() {
   shift
   printf -v words ' %q' "$@"
   words="bash lm/launch_tpu.sh --on_worker$words"
+  # This half comes with the first copy of the tree, out of which it is taken before all else.
+  if [[ $1 == prepare ]]; then words="mkdir -p lm && tar -xzf lm.tar.gz -C lm launch_tpu.sh && $words"; fi
   if [[ $1 == status ]]; then words="if [ -e lm/launch_tpu.sh ]; then $words; else echo lm-worker absent; fi"; fi
   cloud compute tpus tpu-vm ssh "$name" "${location[@]}" "--worker=$which" "${connect_flags[@]}" \
     "--command=$words" >"$scratch/said" 2>"$scratch/error"
@@ -435,7 +446,6 @@ all_do() {
 
 send_tree() {
   local tries=0 archive=$scratch/lm.tar.gz
-  local unpack="mkdir -p lm && tar -xzf lm.tar.gz -C lm launch_tpu.sh"
   if [[ $dry_run == yes ]]; then
     echo "git ls-files -z --cached --others --exclude-standard | tar --null -T - -czf lm.tar.gz" >&3
     archive=lm.tar.gz
@@ -448,16 +458,13 @@ send_tree() {
       done | tar --null -T - -czf "$archive") || end 1 "cannot pack the working tree $root"
   fi
   until cloud compute tpus tpu-vm scp "$archive" "$name:lm.tar.gz" "${location[@]}" --worker=all \
-    "${connect_flags[@]}" >/dev/null 2>"$scratch/error" &&
-    cloud compute tpus tpu-vm ssh "$name" "${location[@]}" --worker=all "${connect_flags[@]}" \
-      "--command=$unpack" >/dev/null 2>"$scratch/error"; do
+    "${connect_flags[@]}" >/dev/null 2>"$scratch/error"; do
     if ((++tries >= MOST_TRIES)); then
       say "cannot copy the working tree to $name: $(complaint)"
       return 1
     fi
     pause "$poll_seconds"
   done
-  all_do unpack
 }
 
 # Counts in running, finished, saved, bad, failed, rebooted, absent, other, stopped; returns 1 if a worker is silent.
@@ -522,14 +529,7 @@ attach_or_start() {
   fi
   if ((running > 0)); then all_do stop "$grace_seconds" || return 1; fi
   say "sending the working tree to $workers worker(s) of $name and installing it"
-  send_tree && all_do install || return 1
-  if [[ -n $bucket ]]; then all_do mount "${bucket#gs://}" || return 1; fi
-  # What earlier starts wrote was shown already, by this script or by an earlier one.
-  if [[ $dry_run == no ]] && cloud compute tpus tpu-vm ssh "$name" "${location[@]}" --worker=0 \
-    "${connect_flags[@]}" "--command=wc -c <lm-run/log" >"$scratch/said" 2>/dev/null; then
-    if [[ $(cat "$scratch/said") =~ ^[[:space:]]*([0-9]+) ]]; then log_offset=${BASH_REMATCH[1]}; fi
-  fi
-  all_do start "${command_line[@]}" || return 1
+  send_tree && all_do prepare "${bucket#gs://}" && all_do start "${command_line[@]}" || return 1
   started=yes
 }
 
