@@ -602,7 +602,7 @@ launch() {
   local failures=0 since
   while true; do
     ensure_slice
-    since=$SECONDS outcome=failed last_code=-
+    since=$SECONDS outcome=failed last_code=none
     if attach_or_start; then
       watch
     else

