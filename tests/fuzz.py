@@ -23,7 +23,15 @@ from lm.config import UserError
 
 # Lies beside the folder that a target may read; seeds and mutations name it.
 CANARY = "canary.json"
-FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.connect")
+FORBIDDEN = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "pickle.find_class",
+    "socket.connect",
+)
 NASTY = (
     *(b"null", b"-1", b"0", b"1e400", b"99999999999999999999", b"NaN", b"true", b"[]", b"{}", b'""', b'"\\ud800"'),
     *(b'"../canary.json"', b"\0", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"[" * 100_000, b"9" * 5000, b'{"a":' * 20_000),
@@ -257,7 +265,7 @@ def _sentencepiece() -> tuple[bytes]:
         def sample(self, num_bytes: int):
             yield "the quick brown fox jumps over the lazy dog\n" * 20
 
-    made = tokenizers.SentencePiece(vocab_size=300, num_sentinels=2).build(Text())
+    made = tokenizers.SentencePiece(vocab_size=310, num_sentinels=2).build(Text())
     return (made._model,)
 
 
@@ -267,7 +275,10 @@ def _tokenizer_json() -> tuple[bytes, ...]:
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     made = []
-    for model, trainer in ((models.BPE(), trainers.BpeTrainer), (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer)):
+    for model, trainer in (
+        (models.BPE(), trainers.BpeTrainer),
+        (models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer),
+    ):
         one = tokenizers.Tokenizer(model)
         one.pre_tokenizer = pre_tokenizers.ByteLevel()
         one.decoder = decoders.ByteLevel()
@@ -283,7 +294,7 @@ def _descriptions() -> list[bytes]:
         {"kind": "hugging_face", "file": "tokenizer.json"},
         {"kind": "hugging_face", "file": f"../{CANARY}"},
     )
-    return [json.dumps({"format": "lm.tokenizer.1", **one}).encode() for one in described]
+    return [json.dumps({"format": "lm.vocabulary.1", **one}).encode() for one in described]
 
 
 def _read_tokenized(name: str) -> Callable[[pathlib.Path, bytes], object]:
@@ -300,8 +311,7 @@ def _read_tokenized(name: str) -> Callable[[pathlib.Path, bytes], object]:
         for index in range(min(len(corpus), 20)):
             corpus.document_id(index)
             assert corpus.tokens(index).dtype == np.int32
-        assert corpus.fingerprint()
-        assert corpus.tokenizer_fingerprint()
+        assert isinstance(corpus.fingerprint() + corpus.tokenizer_fingerprint(), str)
 
     return read
 
@@ -335,7 +345,11 @@ def _use_tensors(tensors) -> None:
 def _safetensors() -> tuple[bytes, ...]:
     from safetensors.numpy import save
 
-    arrays = {"a.weight": np.ones((2, 3), np.float32), "b": np.zeros((4,), np.float16), "c": np.zeros((0, 2), np.float32)}
+    arrays = {
+        "a.weight": np.ones((2, 3), np.float32),
+        "b": np.zeros((4,), np.float16),
+        "c": np.zeros((0, 2), np.float32),
+    }
     return save(arrays), save({"ids": np.arange(3)})
 
 
@@ -403,9 +417,11 @@ TARGETS = {
     "tokenized_tokens": Target(_read_tokenized("00000.tokens.npy"), lambda: [_tokenized_files()["00000.tokens.npy"]]),
     "tokenized_ids": Target(_read_tokenized("00000.ids.npy"), lambda: [_tokenized_files()["00000.ids.npy"]]),
     "vocabulary": Target(_read_tokenizer("vocabulary.json"), _descriptions),
-    "sentencepiece": Target(_read_tokenizer("spiece.model", _descriptions()[1]), lambda: list(_sentencepiece())),
+    "sentencepiece": Target(_read_tokenizer("sentencepiece.model", _descriptions()[1]), lambda: list(_sentencepiece())),
     "tokenizer_json": Target(_read_hugging_face, lambda: list(_tokenizer_json())),
-    "tokenizer_json_saved": Target(_read_tokenizer("tokenizer.json", _descriptions()[2]), lambda: list(_tokenizer_json())),
+    "tokenizer_json_saved": Target(
+        _read_tokenizer("tokenizer.json", _descriptions()[2]), lambda: list(_tokenizer_json())
+    ),
     "config": Target(_read_config, _configs),
     "overrides": Target(_read_overrides, _overrides),
     "record": Target(_read_record, _records),
