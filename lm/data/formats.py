@@ -175,7 +175,7 @@ class PlainText:
 def _json_text(raw: str, place: str, field: str, errors: Errors) -> str:
     try:
         record = json.loads(raw)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place} is not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{place} is not a JSON object, it is a {type(record).__name__}")

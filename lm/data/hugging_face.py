@@ -35,6 +35,8 @@ NAMES = {
     "sop": ("<|startofpiece|>", "<sop>"),
     "eop": ("<|endofpiece|>", "<eop>"),
 }
+# A table of all ids is made: a damaged file must not fill the memory.
+_MOST_IDS = 1 << 24
 FIM = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -120,6 +122,10 @@ class HuggingFaceTokenizer:
         special = {token["id"]: token["content"] for token in description["added_tokens"] if token["special"]}
         added = {token["id"]: token["content"] for token in description["added_tokens"]}
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        if max(ids.values()) >= _MOST_IDS:
+            raise ValueError(f"it has the id {max(ids.values())}, beyond any vocabulary")
+        # A character that is in no vocabulary: without an id for what is unknown it would fail in the middle of a run.
+        self.encode("\U0010fffd")
         content_of = _Content(description)
         pieces = [b""] * (max(ids.values()) + 1)
         for piece, number in ids.items():
@@ -159,6 +165,20 @@ class HuggingFaceTokenizer:
         own.write_description(directory, "hugging_face", {"file": FILE})
 
 
+def read(file: pathlib.Path) -> HuggingFaceTokenizer:
+    """Reads a tokenizer.json.
+
+    Raises:
+      DataError: the file cannot be read or is no tokenizer.
+    """
+    try:
+        return HuggingFaceTokenizer(file.read_text(encoding="utf-8"))
+    except DataError:
+        raise
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise DataError(f"{file} is not a tokenizer.json: {error}") from None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HuggingFace:
     """A tokenizer of another project, from its tokenizer.json.
@@ -190,9 +210,4 @@ class HuggingFace:
           DataError: the file cannot be read or is no tokenizer.
         """
         del text
-        try:
-            return HuggingFaceTokenizer(self._file.read_text())
-        except DataError:
-            raise
-        except Exception as error:  # `tokenizers` raises bare Exception
-            raise DataError(f"{self._file} is not a tokenizer.json: {error}") from None
+        return read(self._file)

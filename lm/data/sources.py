@@ -27,6 +27,8 @@ from lm.data.formats import DataError, Errors
 # Of a file longer than this, evenly spaced blocks are hashed for the fingerprint instead of all of it.
 _WHOLE_HASH_BYTES = 1 << 26
 _BLOCK_BYTES = 1 << 20
+# Longer ones are no paths on any system, and a glob's time grows with the square.
+_LONGEST_PATH = 4096
 _PASSED_OVER = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 # These describe the machine on which Python was built.
 _OF_THE_MACHINE = ("config-", "_sysconfigdata")
@@ -247,11 +249,14 @@ class Files:
     def _find(self) -> list[str]:
         found: set[str] = set()
         for pattern in self.paths:
+            if len(pattern) > _LONGEST_PATH:
+                raise DataError(f"{pattern[:80]}...: {len(pattern)} characters are no path")
             path = pathlib.Path(pattern).expanduser()
-            if path.is_dir():
+            # Unlike pathlib, these take a name that no file can have for what it is: not there.
+            if os.path.isdir(path):
                 matches = glob.glob(f"{glob.escape(str(path))}/**", recursive=True)
             else:
-                matches = [str(path)] if path.exists() else glob.glob(str(path), recursive=True)
+                matches = [str(path)] if os.path.exists(path) else glob.glob(str(path), recursive=True)
             matches = [match for match in matches if pathlib.Path(match).is_file()]
             if not matches:
                 raise DataError(f"{pattern}: no such file, folder or match for a glob")

@@ -13,12 +13,13 @@ import json
 import os
 import pathlib
 import shutil
+import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from lm.data.formats import DataError
+from lm.data.formats import DataError, decode
 
 INDEX = "tokenized.json"
 FORMAT = "lm.tokenized.1"
@@ -27,7 +28,8 @@ SHARD_TOKENS = 1 << 26
 
 def is_tokenized(directory: str | os.PathLike[str]) -> bool:
     """Returns whether a folder holds a corpus that was tokenised ahead."""
-    return pathlib.Path(directory, INDEX).is_file()
+    # Unlike pathlib it takes a name that no file can have for what it is: not there.
+    return os.path.isfile(os.path.join(directory, INDEX))
 
 
 @contextlib.contextmanager
@@ -114,21 +116,31 @@ class TokenizedCorpus:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = pathlib.Path(directory)
         try:
-            self._index = json.loads((self._directory / INDEX).read_text())
-            if self._index["format"] != FORMAT:
-                raise DataError(f"{directory}: format {self._index['format']!r} is unknown, expected {FORMAT!r}")
-            self._shards = [self._open_shard(number) for number in range(len(self._index["shards"]))]
-        except (OSError, json.JSONDecodeError, KeyError, EOFError) as error:
+            self._index = json.loads((self._directory / INDEX).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{directory} is not whole: {error}; prepare it again") from None
-        self._ends = list(itertools.accumulate(shard["documents"] for shard in self._index["shards"]))
+        found = self._index.get("format") if isinstance(self._index, dict) else None
+        if found != FORMAT:
+            raise DataError(f"{directory}: format {found!r} is unknown, expected {FORMAT!r}")
+        if not _describes_shards(self._index):
+            raise DataError(f"{directory} is not whole: {INDEX} is damaged; prepare it again")
+        sizes = [shard["documents"] for shard in self._index["shards"]]
+        self._shards = [self._open_shard(number, size) for number, size in enumerate(sizes)]
+        self._ends = list(itertools.accumulate(sizes))
 
-    def _open_shard(self, number: int) -> dict[str, np.ndarray]:
+    def _open_shard(self, number: int, size: int) -> dict[str, np.ndarray]:
         names = ("tokens", "offsets", "ids", "id_offsets", "keys")
         paths = {name: self._directory / f"{number:05d}.{name}.npy" for name in names}
         try:
-            return {name: _load(path) for name, path in paths.items()}
-        except ValueError as error:
+            arrays = {name: _load(path) for name, path in paths.items()}
+        except OSError as error:
+            raise DataError(f"{self._directory} is not whole: {error}; prepare it again") from None
+        except (ValueError, EOFError, MemoryError, SyntaxError, tokenize.TokenError) as error:
+            # What NumPy raises, and the parser by which it reads a header.
             raise DataError(f"{self._directory}, shard {number}, is damaged: {error}; prepare it again") from None
+        if not _fits(arrays, size):
+            raise DataError(f"{self._directory}, shard {number}, is damaged: its arrays do not fit; prepare it again")
+        return arrays
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -141,7 +153,8 @@ class TokenizedCorpus:
 
     def document_id(self, index: int) -> str:
         """Returns the id that the document had as text."""
-        return self._slice(index, "ids", "id_offsets").tobytes().decode()
+        raw = self._slice(index, "ids", "id_offsets").tobytes()
+        return decode(raw, f"{self._directory}, id of document {index},", 0, "strict")
 
     def keys(self) -> np.ndarray:
         """Returns u64[N], the hash of each document's id."""
@@ -165,6 +178,27 @@ class TokenizedCorpus:
     def fingerprint(self) -> str:
         """Returns the fingerprints of the text and of the tokenizer, joined."""
         return self._fingerprint
+
+
+def _describes_shards(index: dict[str, Any]) -> bool:
+    """Whether an index has what the reader needs of it."""
+    shards, prints = index.get("shards"), index.get("fingerprints")
+    if not isinstance(shards, list) or not shards or not isinstance(prints, dict):
+        return False
+    sizes = [shard.get("documents") if isinstance(shard, dict) else None for shard in shards]
+    named = all(isinstance(prints.get(name), str) for name in ("source", "tokenizer"))
+    return named and all(type(size) is int and size > 0 for size in sizes)
+
+
+def _fits(arrays: dict[str, np.ndarray], size: int) -> bool:
+    """Whether the arrays of a shard have the dtypes and lengths of `size` documents."""
+    kinds = {"tokens": "u", "offsets": "i", "ids": "u", "id_offsets": "i", "keys": "u"}
+    if any(array.ndim != 1 or array.dtype.kind != kinds[name] for name, array in arrays.items()):
+        return False
+    offsets, id_offsets = arrays["offsets"], arrays["id_offsets"]
+    if not len(offsets) == len(id_offsets) == size + 1 == len(arrays["keys"]) + 1:
+        return False
+    return int(offsets[-1]) == len(arrays["tokens"]) and int(id_offsets[-1]) == arrays["ids"].nbytes
 
 
 def _load(path: pathlib.Path) -> np.ndarray:

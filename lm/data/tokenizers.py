@@ -25,6 +25,8 @@ from lm.document import Vocabulary
 DESCRIPTION = "vocabulary.json"
 FORMAT = "lm.vocabulary.1"
 MODEL = "sentencepiece.model"
+# More than any vocabulary has ids: a damaged description must not fill the memory.
+_MOST_SENTINELS = 1 << 20
 # SentencePiece writes a space as this sign; the sign itself in a text goes by its three bytes.
 _SPACE_SIGN = "\u2581"
 _WHITESPACE = b" \t\n\r\v\f"
@@ -356,12 +358,20 @@ def load(directory: str | os.PathLike[str]) -> Tokenizer:
 
     folder = pathlib.Path(directory)
     readers = {
-        "bytes": lambda found: ByteTokenizer(found["num_sentinels"]),
-        "sentencepiece": lambda found: SentencePieceTokenizer((folder / MODEL).read_bytes(), found["num_sentinels"]),
-        "hugging_face": lambda found: hugging_face.HuggingFaceTokenizer((folder / found["file"]).read_text()),
+        "bytes": lambda found: ByteTokenizer(_num_sentinels(found)),
+        "sentencepiece": lambda found: SentencePieceTokenizer((folder / MODEL).read_bytes(), _num_sentinels(found)),
+        # Under the one name that `save` gives: a description must not lead out of its folder.
+        "hugging_face": lambda _: hugging_face.read(folder / hugging_face.FILE),
     }
     try:
-        found = json.loads((folder / DESCRIPTION).read_text())
+        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         return readers[found["kind"]](found)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{folder} holds no whole tokenizer: {error}") from None
+
+
+def _num_sentinels(found: dict[str, Any]) -> int:
+    number = found["num_sentinels"]
+    if type(number) is not int or not 0 <= number <= _MOST_SENTINELS:
+        raise ValueError(f"num_sentinels is {number!r}, not a number from 0 to {_MOST_SENTINELS}")
+    return number

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lm.batch import SpecialTokens
+from lm.config import check_types
 from lm.interop.albert import ALBERT
 from lm.interop.bart import BART
 from lm.interop.bert import BERT, ROBERTA
@@ -79,8 +80,12 @@ def load_config(folder: str | pathlib.Path) -> Transformer:
       InteropError: no family, or a field that no config of ours expresses.
     """
     family, config = _family(pathlib.Path(folder))
-    found = family.read(config)
-    problems = found.problems()
+    try:
+        found = family.read(config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        # A list where a number belongs, and the like.
+        raise InteropError(f"{folder}/{CONFIG} has a field of the wrong kind: {error}") from error
+    problems = check_types(found, type(found)) or found.problems()
     if problems:
         raise InteropError(f"{folder}/{CONFIG} describes a model that cannot work: {'; '.join(problems)}")
     return found

@@ -41,7 +41,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InteropError(f"{file.parent} has no {file.name}; give a folder with a Hugging Face checkpoint") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InteropError(f"{file} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise InteropError(f"{file} holds no JSON object")
@@ -131,6 +131,12 @@ def _files(folder: pathlib.Path) -> list[str]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InteropError(f"{folder / INDEX} has no weight_map from tensors to files")
+        for name, file in weight_map.items():
+            # What is downloaded must not lead out of its folder.
+            if not isinstance(file, str) or file != pathlib.PurePath(file).name or len(file) > 255:
+                raise InteropError(
+                    f"{folder / INDEX}: the tensor {name} has {str(file)[:80]!r}, which is no file's name"
+                )
         return sorted(set(weight_map.values()))
     found = "" if folder.is_dir() else ", and there is no such folder"
     raise InteropError(f"{folder} has neither {SINGLE} nor {INDEX}{found}")

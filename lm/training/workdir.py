@@ -148,9 +148,21 @@ def _version(package: str) -> str | None:
 
 
 def read_starts(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the starts that run.json records, oldest first; none before the first."""
+    """Returns the starts that run.json records, oldest first; none before the first.
+
+    Raises:
+      WorkdirError: the file is damaged.
+    """
     file = workdir / "run.json"
-    return json.loads(file.read_text(encoding="utf-8"))["starts"] if file.exists() else []
+    if not file.exists():
+        return []
+    try:
+        starts = json.loads(file.read_text(encoding="utf-8"))["starts"]
+        if any(not isinstance(start["data_fingerprint"], str) for start in starts):
+            raise ValueError("a start has no fingerprint of its data")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise WorkdirError(f"{file} is damaged ({error}); move it away to go on without it") from error
+    return list(starts)
 
 
 def check_data(workdir: pathlib.Path, fingerprint: str, *, force_config: bool) -> None:
