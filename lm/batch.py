@@ -62,7 +62,7 @@ class WeightedSum(NamedTuple):
     means is not.
 
     Attributes:
-      sum: f32[], sum of weight times value.
+      sum: f32[], sum of weight times value; f32[N] where N values share a weight.
       weight: f32[], sum of the weights.
     """
 

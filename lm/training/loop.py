@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 
 from lm.batch import WeightedSum
 from lm.config import ConfigError, UserError
@@ -259,14 +260,22 @@ class TrainLoop:
 
 
 def _means(metrics: TrainMetrics) -> dict[str, float]:
-    """Returns plain figures; a mean over nothing is left out."""
+    """Returns plain figures; a mean over nothing is left out, and N figures of one name are name/0, name/1, ..."""
     found = {}
     for name, value in metrics.items():
-        if not isinstance(value, WeightedSum):
-            found[name] = float(value)
-        elif value.weight > 0:
-            found[name] = float(value.sum) / float(value.weight)
+        if isinstance(value, WeightedSum):
+            if not value.weight > 0:
+                continue
+            value = np.asarray(value.sum, np.float64) / value.weight
+        found |= _named(name, np.asarray(value))
     return found
+
+
+def _named(name: str, value: np.ndarray) -> dict[str, float]:
+    if not value.ndim:
+        return {name: float(value)}
+    width = len(str(len(value) - 1))  # so that sorted by name is sorted by number
+    return {f"{name}/{i:0{width}}": float(figure) for i, figure in enumerate(value)}
 
 
 def _chain(before: str, digest: str) -> str:
