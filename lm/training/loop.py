@@ -25,12 +25,12 @@ from lm.config import ConfigError, UserError
 from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
 from lm.training.assembly import Assembly, assemble, check_batch_size, check_tokenizer, use_compilation_cache
-from lm.training.checkpoints import Checkpoints, restore_params
+from lm.training.checkpoints import CheckpointError, Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
 from lm.training.meter import Meter
 from lm.training.state import TrainState, Tree, place
 from lm.training.step import TrainMetrics, make_train_step
-from lm.training.workdir import check_data, locked, open_workdir, save_config, write_record
+from lm.training.workdir import check_data, locked, open_workdir, read_config, save_config, write_record
 
 # sysexits.h EX_TEMPFAIL: saved, not finished, to be started again.
 EXIT_PREEMPTED = 75
@@ -128,10 +128,16 @@ class TrainLoop:
         """Returns the parameters of another run or, if they can be imported, of another project, on the devices."""
         like = self.assembly.state.params
         params = None if self.import_params is None else self.import_params(folder, self.config.model)
-        if params is None:
-            check_tokenizer(pathlib.Path(folder), self.assembly.tokenizer)
+        if params is not None:
+            return place(params, like)
+        check_tokenizer(pathlib.Path(folder), self.assembly.tokenizer)
+        try:
             return restore_params(pathlib.Path(folder), like)[1]
-        return place(params, like)
+        except CheckpointError as error:
+            theirs, ours = (type(c.model).__name__ for c in (read_config(pathlib.Path(folder)), self.config))
+            raise ConfigError(
+                f"config.init_from: {folder} is a run of {theirs}, this is one of {ours}; {error}"
+            ) from error
 
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""
