@@ -135,9 +135,8 @@ class TrainLoop:
             return restore_params(pathlib.Path(folder), like)[1]
         except CheckpointError as error:
             theirs, ours = (type(c.model).__name__ for c in (read_config(pathlib.Path(folder)), self.config))
-            raise ConfigError(
-                f"config.init_from: {folder} is a run of {theirs}, this is one of {ours}; {error}"
-            ) from error
+            kinds = f"{folder} is a run of {theirs}, this is one of {ours}"
+            raise ConfigError(f"config.init_from: {kinds}; {error}") from error
 
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""

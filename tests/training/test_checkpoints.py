@@ -124,7 +124,7 @@ def test_params_of_another_model_are_told_by_the_first_that_differs(tmp_path, as
     words = f"with shape {list(table.shape)}, which in this model has {[7, *table.shape[1:]]}"
     with pytest.raises(CheckpointError, match=f"1 holds the parameter tokens/embedding {re.escape(words)}$"):
         restore_params(tmp_path, longer)
-    with pytest.raises(CheckpointError, match="1 lacks this model's parameter tower/kernel$"):
+    with pytest.raises(CheckpointError, match=r"1 lacks this model's parameter tower/kernel$"):
         restore_params(tmp_path, {**like, "tower": {"kernel": jax.ShapeDtypeStruct((3,), table.dtype)}})
     with pytest.raises(CheckpointError, match=r"1 holds the parameter .*, which this model has not \(and \d+ more\)$"):
         restore_params(tmp_path, {"tokens": like["tokens"]})
