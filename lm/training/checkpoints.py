@@ -194,7 +194,7 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
         for candidate in [step] if step is not None else reversed(steps):
             item = "average" if (directory / str(candidate) / "average").exists() else "params"
             try:
-                if misfits := _misfits(directory / str(candidate) / item, like):
+                if misfits := _misfits(m.directory / str(candidate) / item, like):
                     reasons.append(f"that of step {candidate} {say_first(misfits)}")
                     continue
                 read = m.restore(candidate, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
@@ -206,7 +206,7 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
     raise CheckpointError(f"no checkpoint in {directory} fits this model: {'; '.join(reasons)}")
 
 
-def _misfits(item: pathlib.Path, like: Tree) -> list[str]:
+def _misfits(item: Any, like: Tree) -> list[str]:
     """Returns a clause for each parameter that a checkpoint's item lacks, has too much, or has in another shape."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         stored = handler.metadata(item).tree
