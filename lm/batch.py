@@ -62,7 +62,7 @@ class WeightedSum(NamedTuple):
     means is not.
 
     Attributes:
-      sum: f32[], sum of weight times value.
+      sum: f32[], sum of weight times value; f32[N] where N values share a weight.
       weight: f32[], sum of the weights.
     """
 
@@ -126,6 +126,10 @@ class Example:
     components: np.ndarray | None = None
 
 
+# UL2's modes in the order of their tokens: regular, sequential and extreme denoising ([NLU], [S2S] and [NLG]).
+MODES = ("R", "S", "X")
+
+
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
     """Ids that are not text. None (or empty) where a tokenizer has no such token.
@@ -139,7 +143,7 @@ class SpecialTokens:
       cls: first token of an encoder example; its state is pooled.
       sep: separates the two texts of a pair.
       sentinels: ids that mark corrupted spans, in the order of use (span k uses sentinels[k]).
-      modes: UL2's mode tokens, in the order R, S, X.
+      modes: UL2's mode tokens, in the order of `MODES`.
       fim: fill-in-the-middle's prefix, suffix and middle tokens, in this order.
       sop: GLM's start of a blank.
       eop: GLM's end of a blank.

@@ -308,6 +308,11 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]
                     yield from leaves(element, f"{path}.{index}.")
 
 
+def say_first(lines: list[str]) -> str:
+    """Returns the first of several lines, and how many more there are."""
+    return lines[0] if len(lines) == 1 else f"{lines[0]} (and {len(lines) - 1} more)"
+
+
 def differences(old: Any, new: Any, prefix: str = "config") -> list[str]:
     """Returns one line "field: old -> new" for each leaf in which two configs' plain data differ."""
     if isinstance(old, dict) and isinstance(new, dict):

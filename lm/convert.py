@@ -49,7 +49,7 @@ def _to_checkpoint(source: str, target: str) -> str:
     from lm.training.assembly import load_run
 
     run = load_run(source, _STEP.value)
-    start = run.experiment.objective.traits.frame.start
+    start = next(iter(run.experiment.objective.traits.frame.start), "bos")
     settings = {"tokenizer_dir": run.workdir / "tokenizer", "specials": run.tokenizer.specials, "dtype": _DTYPE.value}
     architecture = interop.save(target, run.experiment.model, run.params, start=start, **settings)
     return f"{target}: step {run.step}, opens with transformers.{architecture}.from_pretrained"

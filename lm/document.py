@@ -87,20 +87,33 @@ class Context:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The special tokens, by name, around what a trained model is asked to continue.
+    """The special tokens, by name, around what a trained model is asked to continue, and where its answer stands.
 
-    One stack reads `start`, `before`, the text, `after`. With two, the encoder reads `before`, the text, `after`, and
-    the decoder begins with `start`, `before`: source and target begin alike.
+    The source is the mode, `before`, the text, `after`. One stack reads `start`, the source, `answer`. With two, the
+    encoder reads the source, and the decoder begins with `start`, `answer`.
 
     Attributes:
-      start: the decoder's first input.
-      before: at the beginning of a source, and of a target.
+      start: the decoder's first input, where that is not the source's first token.
+      before: at the beginning of a source.
       after: behind the text.
+      answer: at the beginning of a target.
+      end: ends a target.
+      bidirectional: whether a single stack sees the source both ways.
+      strides: how far (position, second position) of each token of the answer are from those of the token before it:
+        along the text, or inside the blank that the source's last token marks (GLM).
+      modes: which of `lm.batch.MODES` a source can be announced by; empty where sources have no mode token.
+      mode: the one that announces the source; one of `modes`, None only if there are none.
     """
 
-    start: str = "bos"
+    start: tuple[str, ...] = ("bos",)
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    answer: tuple[str, ...] = ()
+    end: str = "eos"
+    bidirectional: bool = False
+    strides: tuple[int, int] = (1, 0)
+    modes: tuple[str, ...] = ()
+    mode: str | None = None
 
 
 # Text alone, as a causal model reads it.
@@ -124,7 +137,9 @@ class Traits:
       fields: optional fields of `Batch` that every example sets, the encoder's apart.
       num_labels: classes in `label_targets`; 0 where no label is set.
       label_rule: what the label says; those of different rules cannot be learnt by one head. Empty without labels.
-      frame: how examples begin and where their source ends, so that prompts are laid out as training was.
+      frame: how examples begin and where their source ends, so that prompts are laid out as training was; of a
+        mixture, that of the first component that generates.
+      frames: of a mixture, the names and frames of the components that generate.
       component_names: what the ids in `components` stand for, for logs; empty where the field is not set.
     """
 
@@ -137,6 +152,7 @@ class Traits:
     num_labels: int = 0
     label_rule: str = ""
     frame: Frame = PLAIN
+    frames: tuple[tuple[str, Frame], ...] = ()
     component_names: tuple[str, ...] = ()
 
 

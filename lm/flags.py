@@ -7,6 +7,7 @@ Knows no particular config or program, imports no jax.
 import contextlib
 import itertools
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -60,6 +61,11 @@ def _parse(argv: list[str], module: str, schema: Callable[[], type] | None) -> l
     rest = argv[:1]
     _OVERRIDES.clear()
     with _exit_status_2():
+        foreign = [argument for argument in argv[1:] if re.match(r"--?config([.=]|$)", argument)]
+        if schema is None and foreign:
+            raise ConfigError(
+                f"{foreign[0]}: only lm.train takes a config; a run's own is read from its folder (--workdir)"
+            )
         waiting: str | None = None
         for argument in argv[1:]:
             if waiting is not None:

@@ -20,6 +20,8 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Most tokens to make (def
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy, 1 is the model's own distribution.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens only.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the most likely tokens that make up this probability only.")
+_COMPONENT = flags.DEFINE_string("component", None, "Which objective of a mixture to prompt as (default: the first).")
+_MODE = flags.DEFINE_string("mode", None, "Which mode token announces a prompt to UL2: R, S or X (default: S).")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; a prompt's text does not depend on the batch it sits in.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows made together.", lower_bound=1)
 
@@ -40,27 +42,27 @@ def main(_: list[str]) -> int:
     if _WORKDIR.value is None:
         raise ConfigError("give --workdir=FOLDER of a trained run")
     prompts = [prompt for prompt in _read_prompts() for _ in range(_NUM_SAMPLES.value)]
-    from lm.decoding import Sampling, build_decoder, complete_texts, fit_max_tokens, stream_text
+    from lm.decoding import Sampling, build_decoder, choose_frame, complete_texts, fit_max_tokens, stream_text
     from lm.training.assembly import load_run
 
     sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
     if problems := sampling.problems():
         raise ConfigError("; ".join(f"--{problem}" for problem in problems))
     run = load_run(_WORKDIR.value, _STEP.value)
-    traits = run.experiment.objective.traits
-    most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, traits.frame)
+    frame = choose_frame(run.experiment.objective.traits, _COMPONENT.value, _MODE.value)
+    most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, frame)
     most = most if _MAX_TOKENS.value is None else _MAX_TOKENS.value
-    decoder = build_decoder(run.model, run.tokenizer, traits, sampling, most)
+    decoder = build_decoder(run.model, run.tokenizer, frame, sampling, most)
     with run.assembly.placed():
         if len(prompts) == 1:
-            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value, frame=traits.frame)
+            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value, frame=frame)
             # The first piece is made before anything is printed: a prompt that is too long is refused there.
             print(prompts[0] + next(pieces), end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
             return 0
-        settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value, "frame": traits.frame}
+        settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value, "frame": frame}
         completed = complete_texts(decoder, run.params, run.tokenizer, prompts, **settings)
         for i, (text, continuation) in enumerate(zip(prompts, completed, strict=True)):
             print(f"--- {i + 1} of {len(prompts)}\n{text}{continuation}", flush=True)

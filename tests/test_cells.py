@@ -15,7 +15,7 @@ from lm import parallel
 from lm.config import ConfigError
 from lm.data import train_batches
 from lm.data.tokenizers import ByteTokenizer
-from lm.decoding import DecodingError, Sampling, build_decoder
+from lm.decoding import DecodingError, Sampling, build_decoder, choose_frame
 from lm.evaluation import cells
 from lm.models import path_name
 from lm.optim import build_optimizer
@@ -125,11 +125,14 @@ def test_an_invalid_cell_is_refused_in_words(name):
 @pytest.mark.parametrize("name", [name for name in ALL if name in VALID])
 def test_what_cannot_generate_says_so_in_one_sentence(name):
     run = VALID[name]
-    arguments = (run.model.build(), VOCABULARY, run.objective.traits, Sampling(), 4)
     traits = run.objective.traits
-    if run.model.decoder_depth and traits.autoregressive and "block_positions" not in traits.fields:
-        assert build_decoder(*arguments).max_tokens == 4
+
+    def build():
+        return build_decoder(run.model.build(), VOCABULARY, choose_frame(traits), Sampling(), 4)
+
+    if run.model.decoder_depth and (traits.autoregressive or traits.frames):
+        assert build().max_tokens == 4
         return
     with pytest.raises(DecodingError) as error:
-        build_decoder(*arguments)
+        build()
     assert len(str(error.value).splitlines()) == 1

@@ -9,7 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import albert, bart, bert, gemma, mistral, modernbert, palm, qwen, roberta, t5, transformer2017, ul2
+from configs import (
+    albert,
+    bart,
+    bert,
+    electra,
+    gemma,
+    glm,
+    mistral,
+    modernbert,
+    palm,
+    qwen,
+    roberta,
+    starcoder,
+    t5,
+    transformer2017,
+    ul2,
+)
 from lm import parallel
 from lm.data import train_batches
 from lm.optim import build_optimizer
@@ -18,7 +34,8 @@ from lm.training.step import make_train_step
 
 # Those of BERT, RoBERTa, ALBERT, ModernBERT, BART, T5 1.0, Gemma 2 and 3 are what `transformers` counts in the model
 # with its heads (BertForPreTraining, RobertaForMaskedLM, AlbertForPreTraining, ...Generation, ...CausalLM) built from
-# the released shapes, tied weights once; those of T5 1.1, Mistral and Qwen are of the released checkpoints.
+# the released shapes, tied weights once, as are StarCoder's (GPTBigCodeForCausalLM); those of T5 1.1, Mistral and Qwen
+# are of the released checkpoints.
 COUNTS = [
     (bert, "base", 110_106_428),
     (bert, "large", 336_226_108),
@@ -60,8 +77,16 @@ COUNTS = [
     (qwen, "qwen3_8b", 8_190_735_360),
     (qwen, "qwen3_14b", 14_768_307_200),
     (qwen, "qwen3_32b", 32_762_123_264),
+    (starcoder, "1b", 1_137_207_296),
+    (starcoder, "3b", 3_043_311_104),
+    (starcoder, "7b", 7_327_263_232),
+    (starcoder, "15b", 15_517_456_384),
 ]
-# What papers give rounded: PaLM, table 1, in billions; the Transformer, table 3, in millions; UL2, title.
+# ELECTRA's discriminators, as `transformers` counts ElectraForPreTraining: without a head for masked tokens. The paper
+# says 14M, 110M and 335M.
+DISCRIMINATORS = [("small", 13_549_057), ("base", 109_483_009), ("large", 335_142_913)]
+# What papers give rounded: PaLM, table 1, in billions; the Transformer, table 3, in millions; UL2, title; GLM, with
+# both tables of positions.
 ROUNDED = [
     (palm, "8b", 8.63e9, 0.001),
     (palm, "62b", 62.50e9, 0.001),
@@ -69,11 +94,17 @@ ROUNDED = [
     (transformer2017, "base", 65e6, 0.04),
     (transformer2017, "big", 213e6, 0.01),
     (ul2, "20b", 20e9, 0.03),
+    (glm, "base", 110e6, 0.01),
+    (glm, "large", 335e6, 0.01),
+    (glm, "10b", 10e9, 0.02),
 ]
 # One tiny variant of each family, and the others as the long form.
 TINY = [
     pytest.param(module, variant, marks=() if variant == "tiny" else pytest.mark.slow)
-    for module in (albert, bart, bert, gemma, mistral, modernbert, palm, qwen, roberta, t5, transformer2017, ul2)
+    for module in (
+        *(albert, bart, bert, electra, gemma, glm, mistral, modernbert),
+        *(palm, qwen, roberta, starcoder, t5, transformer2017, ul2),
+    )
     for variant in module.MODELS
     if variant.endswith("tiny")
 ]
@@ -93,7 +124,16 @@ def test_rounded_count_is_near(module, variant, count, tolerance):
     np.testing.assert_allclose(module.get_model(variant).num_parameters(), count, rtol=tolerance)
 
 
-@pytest.mark.parametrize(("module", "variant"), [(m, v) for m, v, _ in COUNTS], ids=_name)
+@pytest.mark.parametrize(("variant", "count"), DISCRIMINATORS)
+def test_discriminators_count_is_exact(variant, count):
+    model = electra.get_model(variant)
+    assert electra.get_config(variant).problems() == []
+    kept = dict(jax.eval_shape(model.build().init, jax.random.key(0))["discriminator"])
+    del kept["head"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(kept)) == count
+
+
+@pytest.mark.parametrize(("module", "variant"), [(m, v) for m, v, *_ in [*COUNTS, *ROUNDED]], ids=_name)
 def test_every_variant_is_a_valid_run(module, variant):
     assert module.get_config(variant).problems() == []
 

@@ -1,6 +1,7 @@
 """From a model and prompts to text: one jitted loop over a cache, for any model that has one."""
 
 from lm.decoding.continuation import build_decoder as build_decoder
+from lm.decoding.continuation import choose_frame as choose_frame
 from lm.decoding.continuation import complete_texts as complete_texts
 from lm.decoding.continuation import encode_prompts as encode_prompts
 from lm.decoding.continuation import fit_max_tokens as fit_max_tokens

@@ -4,6 +4,7 @@ Knows a tokenizer and a decoder, no file and no terminal. Law: the continuation 
 alone, in a batch, at once or streamed.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lm import parallel
+from lm.batch import MODES, SpecialTokens
 from lm.decoding.loop import Decoder
 from lm.decoding.prompts import DecodingError, Prompts, pad_prompts
 from lm.decoding.sampling import Sampling
@@ -18,29 +20,55 @@ from lm.decoding.text import TextStream
 from lm.document import PLAIN, Frame, Traits, Vocabulary
 
 
+def choose_frame(traits: Traits, component: str | None = None, mode: str | None = None) -> Frame:
+    """Returns how prompts are laid out for a model that was trained by an objective with these traits.
+
+    Args:
+      traits: of the objective.
+      component: which component of a mixture to prompt as; None is the first that generates.
+      mode: which of UL2's modes announces the prompt; None is the objective's own choice.
+
+    Raises:
+      DecodingError: the objective does not generate, or has no such component or mode.
+    """
+    frames = dict(traits.frames)
+    if not traits.autoregressive and not frames:
+        raise DecodingError("the run's objective teaches to fill in hidden tokens, not to generate from left to right")
+    if component is not None and component not in frames:
+        there = f"those that generate are {', '.join(frames)}" if frames else "it is no mixture of objectives"
+        raise DecodingError(f"the run's objective has no component {component!r} to prompt as; {there}")
+    frame = traits.frame if component is None else frames[component]
+    if mode is None:
+        return frame
+    if mode not in frame.modes:
+        there = f"there are {', '.join(frame.modes)}" if frame.modes else "no mode token announced its examples"
+        raise DecodingError(f"the run's objective has no mode {mode!r} to prompt in; {there}")
+    return dataclasses.replace(frame, mode=mode)
+
+
 def build_decoder(
-    model: Any, vocabulary: Vocabulary, traits: Traits, sampling: Sampling, max_tokens: int = 128
+    model: Any, vocabulary: Vocabulary, frame: Frame, sampling: Sampling, max_tokens: int = 128
 ) -> Decoder:
-    """Builds the decoder of a model that was trained by an objective with these traits; it stops at eos.
+    """Builds the decoder of a model that was trained on examples framed so; it makes text, and stops at its end.
 
     Raises:
       DecodingError: the model does not generate.
     """
     if model.config.decoder_depth == 0:
         raise DecodingError("this model has no decoder, so it cannot generate; use a Decoder or an EncoderDecoder")
-    if not traits.autoregressive:
-        raise DecodingError("the run's objective teaches to fill in hidden tokens, not to generate from left to right")
-    if model.config.num_block_positions:
-        raise DecodingError("this model fills blanks by their second positions (GLM), which continuing a text has not")
-    eos = vocabulary.specials.eos
+    end = getattr(vocabulary.specials, frame.end)
+    stop_ids = () if end is None else (end,)
+    others = np.setdiff1d(np.flatnonzero(vocabulary.token_bytes == 0), stop_ids)
     return Decoder(
         model=model,
         sampling=sampling,
         max_tokens=max_tokens,
-        stop_ids=() if eos is None else (eos,),
+        stop_ids=stop_ids,
         num_ids=vocabulary.size,
+        banned_ids=tuple(others.tolist()),
         # What a prefix LM was shown both ways is the prompt; an encoder's decoder has no prompt.
-        bidirectional_prompt=traits.bidirectional and model.config.encoder_depth == 0,
+        bidirectional_prompt=frame.bidirectional and model.config.encoder_depth == 0,
+        strides=frame.strides,
     )
 
 
@@ -61,31 +89,42 @@ def encode_prompts(
     Raises:
       DecodingError: no texts, or the tokenizer lacks a special token that is needed.
     """
-    start, before, after = _special_ids(vocabulary, frame)
+    specials = vocabulary.specials
+    start, before, after, answer = (
+        _ids(specials, names) for names in (frame.start, frame.before, frame.after, frame.answer)
+    )
+    before = _mode_ids(specials, frame.mode) + before
     mesh, rules = parallel.current()
     shards = math.prod(mesh.shape[axis] for axis in rules.activations["batch"])
     extra = -len(texts) % shards
     texts, rows = [*texts, *[texts[-1]] * extra], [*rows, *[rows[-1]] * extra]
     sources = [np.concatenate([before, vocabulary.encode(text), after]).astype(np.int32) for text in texts]
     if model.config.encoder_depth == 0:
-        return pad_prompts([np.concatenate([start, source]) for source in sources], rows=rows)
-    return pad_prompts([start + before] * len(texts), encoder_prompts=sources, rows=rows, smallest=1)
+        whole = [np.concatenate([start, source, answer]) for source in sources]
+        return pad_prompts(whole, rows=rows, num_answer=len(answer))
+    return pad_prompts([start + answer] * len(texts), encoder_prompts=sources, rows=rows, smallest=1)
 
 
-def _special_ids(vocabulary: Vocabulary, frame: Frame) -> tuple[list[int], list[int], list[int]]:
-    """Returns the ids of the frame's start, before and after."""
-    parts = ((frame.start,), frame.before, frame.after)
-    for name in (name for names in parts for name in names):
-        if getattr(vocabulary.specials, name) is None:
+def _ids(specials: SpecialTokens, names: Sequence[str]) -> list[int]:
+    """Returns the ids of special tokens by their names."""
+    for name in names:
+        if getattr(specials, name) is None:
             raise DecodingError(f"the tokenizer has no {name!r} token to put around a prompt, as training did")
-    start, before, after = ([getattr(vocabulary.specials, name) for name in names] for names in parts)
-    return start, before, after
+    return [getattr(specials, name) for name in names]
 
 
-def _text_of(decoder: Decoder, vocabulary: Vocabulary, tokens: np.ndarray) -> np.ndarray:
-    """Returns the tokens without those that only begin (one stack makes the bos of BART's targets) or end a target."""
-    bos = vocabulary.specials.bos
-    return tokens[~np.isin(tokens, [*decoder.stop_ids, *([] if bos is None else [bos])])]
+def _mode_ids(specials: SpecialTokens, mode: str | None) -> list[int]:
+    """Returns the id of the mode's token, in a list; nothing for no mode."""
+    if mode is None:
+        return []
+    if len(specials.modes) < len(MODES):
+        raise DecodingError(f"the tokenizer has no token for the mode {mode!r} to put before a prompt, as training did")
+    return [specials.modes[MODES.index(mode)]]
+
+
+def _text_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """Returns the tokens without that which ends a target."""
+    return tokens[~np.isin(tokens, decoder.stop_ids)]
 
 
 def stream_text(
@@ -102,7 +141,7 @@ def stream_text(
     prompts = encode_prompts(decoder.model, vocabulary, [text], [row], frame)
     written = TextStream(vocabulary.decode)
     for tokens in decoder.stream(params, prompts, seed):
-        yield written.push(_text_of(decoder, vocabulary, tokens[0]))
+        yield written.push(_text_of(decoder, tokens[0]))
     yield written.close()
 
 
@@ -122,11 +161,14 @@ def complete_texts(
         prompts = encode_prompts(decoder.model, vocabulary, batch, range(start, start + len(batch)), frame)
         made = decoder.generate(params, prompts, seed)
         for i in range(len(batch)):
-            yield vocabulary.decode(_text_of(decoder, vocabulary, made.row(i)))
+            yield vocabulary.decode(_text_of(decoder, made.row(i)))
 
 
 def fit_max_tokens(model: Any, vocabulary: Vocabulary, texts: Sequence[str], most: int, frame: Frame = PLAIN) -> int:
     """Returns how many tokens can be made for each text within the model's max_length: 1 to `most`."""
-    around = len(frame.before) + len(frame.after)
+    around = len(frame.before) + len(frame.after) + len(frame.modes[:1]) + len(frame.start + frame.answer) - 1
     longest = 0 if model.config.encoder_depth else around + max(len(vocabulary.encode(text)) for text in texts)
-    return max(1, min(most, model.config.max_length - longest))
+    room = model.config.max_length - longest
+    if frame.strides[1]:
+        room = min(room, (model.config.num_block_positions - 1) // frame.strides[1])
+    return max(1, min(most, room))

@@ -27,7 +27,8 @@ class State(NamedTuple):
       key: key[], of the whole run; rows and steps are folded in.
       rows: i32[B], the number that keys each row's randomness.
       step: i32[], how many tokens each unfinished row has.
-      positions: i32[B], position of each row's next token.
+      places: i32[B], place of each row's next token, counted from its first.
+      sources: i32[B], as in `Prompts`.
       done: bool[B], whether the row has made a stop token.
       tokens: i32[B, M], what was made; 0 beyond `lengths`.
       log_probs: f32[B, M], log-probability of each under the model itself (temperature 1, nothing cut).
@@ -38,7 +39,8 @@ class State(NamedTuple):
     key: Any
     rows: Any
     step: Any
-    positions: Any
+    places: Any
+    sources: Any
     done: Any
     tokens: Any
     log_probs: Any
@@ -56,18 +58,6 @@ class Generation(NamedTuple):
     def row(self, i: int) -> np.ndarray:
         """Returns i32[lengths[i]], the tokens of row i, the stop token included."""
         return self.tokens[i, : self.lengths[i]]
-
-
-def _batch(tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array, bidirectional: bool) -> Batch:
-    """Returns a batch of which nothing is to be predicted; all arguments are i32[B, T]."""
-    return Batch(
-        inputs=tokens,
-        targets=jnp.zeros_like(tokens),
-        weights=jnp.zeros(tokens.shape, jnp.float32),
-        segment_ids=segment_ids,
-        positions=positions,
-        bidirectional=jnp.full(tokens.shape, bidirectional),
-    )
 
 
 def _padded(tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -88,7 +78,10 @@ class Decoder:
       max_tokens: most tokens made for a prompt.
       stop_ids: a row ends when it makes one of these (the tokenizer's eos).
       num_ids: ids from here on are never made (rows that fill up the model's table); None for all.
-      bidirectional_prompt: whether the prompt's tokens see each other both ways (a prefix LM).
+      banned_ids: ids below that which are never made either (special tokens).
+      bidirectional_prompt: whether the tokens of a prompt's source see each other both ways (a prefix LM).
+      strides: how far apart the positions and the second positions of neighbours are in the answer; see
+        `lm.document.Frame`.
     """
 
     model: Any
@@ -96,14 +89,17 @@ class Decoder:
     max_tokens: int = 128
     stop_ids: tuple[int, ...] = ()
     num_ids: int | None = None
+    banned_ids: tuple[int, ...] = ()
     bidirectional_prompt: bool = False
+    strides: tuple[int, int] = (1, 0)
 
     @functools.partial(jax.jit, static_argnums=0)
     def start(self, params: Any, prompts: Prompts, key: jax.Array) -> State:
         """Reads the prompts (an encoder's too, once) and makes the first token of each row."""
         num_rows, length = prompts.tokens.shape
         segment_ids, positions = _padded(prompts.tokens, prompts.lengths)
-        batch = _batch(prompts.tokens, segment_ids, positions, self.bidirectional_prompt)
+        sources = prompts.lengths if prompts.sources is None else prompts.sources
+        batch = self._batch(prompts.tokens, segment_ids, positions, sources)
         if prompts.encoder_tokens is not None and prompts.encoder_lengths is not None:
             encoder_segment_ids, encoder_positions = _padded(prompts.encoder_tokens, prompts.encoder_lengths)
             batch = batch._replace(
@@ -119,7 +115,8 @@ class Decoder:
             key=key,
             rows=prompts.rows,
             step=jnp.int32(0),
-            positions=prompts.lengths,
+            places=prompts.lengths,
+            sources=sources,
             done=jnp.zeros((num_rows,), bool),
             tokens=jnp.zeros((num_rows, self.max_tokens), jnp.int32),
             log_probs=jnp.zeros((num_rows, self.max_tokens), jnp.float32),
@@ -138,17 +135,41 @@ class Decoder:
         def make_one(state: State) -> State:
             last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
             # A finished row is padding from now on: it reads nothing and nothing reads it.
-            batch = _batch(last_B1, (~state.done).astype(jnp.int32)[:, None], (state.positions - 1)[:, None], False)
+            segment_ids = (~state.done).astype(jnp.int32)[:, None]
+            batch = self._batch(last_B1, segment_ids, (state.places - 1)[:, None], state.sources)
             output = self.model.apply(params, batch, cache=state.cache, with_logits=False)
             return self._append(params, state._replace(cache=output.cache), output.hidden)
 
         return jax.lax.while_loop(is_unfinished, make_one, state)
+
+    def _batch(self, tokens: jax.Array, segment_ids: jax.Array, places: jax.Array, sources: jax.Array) -> Batch:
+        """Returns a batch of which nothing is to be predicted.
+
+        Args:
+          tokens: i32[B, T].
+          segment_ids: i32[B, T].
+          places: i32[B, T], counted from the first token of the row.
+          sources: i32[B], as in `Prompts`.
+        """
+        # How far into the answer: 0 in the source, whose places are its positions.
+        inside = jnp.maximum(places - (sources - 1)[:, None], 0)
+        stride, second_stride = self.strides
+        return Batch(
+            inputs=tokens,
+            targets=jnp.zeros_like(tokens),
+            weights=jnp.zeros(tokens.shape, jnp.float32),
+            segment_ids=segment_ids,
+            positions=places - inside + stride * inside,
+            bidirectional=(inside == 0) & self.bidirectional_prompt,
+            block_positions=second_stride * inside,
+        )
 
     def _append(self, params: Any, state: State, hidden_B1D: jax.Array) -> State:
         """Draws the next token of each row from its hidden state."""
         logits_BV = self.model.logits(params, hidden_B1D)[:, 0].astype(jnp.float32)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(state.key, row), state.step))(state.rows)
         allowed_V = jnp.arange(logits_BV.shape[1]) < (logits_BV.shape[1] if self.num_ids is None else self.num_ids)
+        allowed_V = allowed_V.at[jnp.asarray(self.banned_ids, jnp.int32)].set(False)
         drawn = self.sampling.sample(jnp.where(allowed_V[None], logits_BV, -jnp.inf), keys)
         token = jnp.where(state.done, 0, drawn)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits_BV, axis=1), token[:, None], axis=1)
@@ -157,7 +178,7 @@ class Decoder:
         going = (~state.done).astype(jnp.int32)
         return state._replace(
             step=state.step + 1,
-            positions=state.positions + going,
+            places=state.places + going,
             done=state.done | stops,
             tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
             log_probs=jax.lax.dynamic_update_slice_in_dim(state.log_probs, log_prob, state.step, axis=1),
@@ -207,6 +228,12 @@ class Decoder:
             problems.append(
                 f"a prompt of {longest} tokens and max_tokens {self.max_tokens} exceed the model's max_length {limit}; "
                 "shorten the prompt or lower max_tokens"
+            )
+        second = self.strides[1] * self.max_tokens  # the last second position that is read
+        if second >= max(self.model.config.num_block_positions, 1):
+            problems.append(
+                f"max_tokens {self.max_tokens} exceeds the second positions that the model has inside a blank; "
+                f"give at most {self.model.config.num_block_positions - 1}"
             )
         if prompts.encoder_lengths is not None and int(np.max(prompts.encoder_lengths)) > limit:
             longest = int(np.max(prompts.encoder_lengths))

@@ -26,6 +26,7 @@ class Prompts(NamedTuple):
       rows: i32[B], the number that keys each row's randomness.
       encoder_tokens: i32[B, S], what an encoder reads, or None.
       encoder_lengths: i32[B] or None.
+      sources: i32[B], how many of a prompt's tokens are source; the rest begins the answer. None is all of them.
     """
 
     tokens: Array
@@ -33,6 +34,7 @@ class Prompts(NamedTuple):
     rows: Array
     encoder_tokens: Array | None = None
     encoder_lengths: Array | None = None
+    sources: Array | None = None
 
 
 def bucket_length(length: int, smallest: int = 16) -> int:
@@ -55,6 +57,7 @@ def pad_prompts(
     *,
     encoder_prompts: Sequence[Sequence[int] | np.ndarray] | None = None,
     rows: Sequence[int] | None = None,
+    num_answer: int = 0,
     smallest: int = 16,
 ) -> Prompts:
     """Pads prompts to a power of two, so that one compilation serves many.
@@ -63,6 +66,7 @@ def pad_prompts(
       prompts: token ids of each prompt; with an encoder, how the decoder begins (its start token).
       encoder_prompts: token ids that the encoder of an encoder-decoder reads, one list a prompt.
       rows: keys of the rows' randomness; None for 0, 1, 2, ...
+      num_answer: how many tokens at the end of each prompt already begin the answer.
       smallest: least padded length.
 
     Raises:
@@ -74,6 +78,8 @@ def pad_prompts(
     numbers = np.arange(len(prompts), dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
     if len(numbers) != len(prompts):
         raise DecodingError(f"{len(prompts)} prompts, but {len(numbers)} row numbers")
+    made = Prompts(tokens, lengths, numbers, sources=lengths - np.int32(num_answer))
     if encoder_prompts is None:
-        return Prompts(tokens, lengths, numbers)
-    return Prompts(tokens, lengths, numbers, *_pad(encoder_prompts, smallest))
+        return made
+    encoder_tokens, encoder_lengths = _pad(encoder_prompts, smallest)
+    return made._replace(encoder_tokens=encoder_tokens, encoder_lengths=encoder_lengths)

@@ -51,23 +51,23 @@ class Continuation:
         if len(document.tokens) == 0:
             return []
         specials = context.vocabulary.specials
-        before = [special(specials, name) for name in self.frame.before]
-        first, eos = special(specials, self.frame.start), special(specials, "eos")
+        named = (self.frame.start, self.frame.before, self.frame.answer, ("eos",))
+        start, before, answer, eos = ([special(specials, name) for name in names] for names in named)
         room = (context.lengths.encoder or 1) - 1 - len(before)
-        stream = np.append(document.tokens, eos).astype(np.int32)
-        examples, start = [], 0
-        for piece in cut(stream, context.lengths.tokens - len(before)):
-            source = np.concatenate([before, stream[max(0, start - room) : start], [eos]]).astype(np.int32)
-            target = np.concatenate([before, piece]).astype(np.int32)
-            inputs = np.concatenate([[first], target[:-1]]).astype(np.int32)
-            weights = (np.arange(len(target)) >= len(before)).astype(np.float32)
+        stream = np.concatenate([document.tokens, eos]).astype(np.int32)
+        examples, done = [], 0
+        for piece in cut(stream, context.lengths.tokens - len(answer)):
+            source = np.concatenate([before, stream[max(0, done - room) : done], eos]).astype(np.int32)
+            target = np.concatenate([answer, piece]).astype(np.int32)
+            inputs = np.concatenate([start, target[:-1]]).astype(np.int32)
+            weights = (np.arange(len(target)) >= len(answer)).astype(np.float32)
             examples.append(Example(inputs, target, weights, encoder_inputs=source))
-            start += len(piece)
+            done += len(piece)
         return examples
 
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         """Returns what cannot work in these settings."""
-        needed = {self.frame.start, *self.frame.before, "eos"}
+        needed = {*self.frame.start, *self.frame.before, *self.frame.answer, "eos"}
         return find_missing(specials, *sorted(needed)) + ([] if lengths.encoder else ["lengths.encoder must be set"])
 
 

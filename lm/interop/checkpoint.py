@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lm.batch import SpecialTokens
-from lm.config import check_types
+from lm.config import check_types, say_first
 from lm.interop.albert import ALBERT
 from lm.interop.bart import BART
 from lm.interop.bert import BERT, ROBERTA
@@ -97,6 +97,19 @@ def is_checkpoint(folder: str | pathlib.Path) -> bool:
     return file.is_file() and "model_type" in read_json(file)
 
 
+def _find_family(config: Transformer) -> Family | None:
+    """Returns the family whose checkpoints can hold the model; None if there is none."""
+    try:
+        return _describe(config)[0]
+    except InteropError:
+        return None
+
+
+def _named(config: Transformer, family: Family | None) -> str:
+    kind = type(config).__name__
+    return f"{kind} of no family" if family is None else f"{kind} of the family {family.model_type}"
+
+
 def _leaves(config: Transformer) -> dict[str, tuple[int, ...]]:
     """Returns the shape of every leaf by its path."""
     import jax
@@ -134,10 +147,11 @@ def load_params(folder: str | pathlib.Path, config: Transformer | None = None) -
     family, _ = _family(folder)
     theirs = load_config(folder)
     config = theirs if config is None else config
-    changes = differences(config, theirs)
-    if changes:
-        listed = "\n  ".join(changes)
-        raise InteropError(f"{folder} holds another model than the config describes:\n  {listed}")
+    if changes := differences(config, theirs):
+        raise InteropError(
+            f"{folder} holds another model than the config describes, {_named(theirs, family)} and not "
+            f"{_named(config, _find_family(config))}: {say_first(changes)}"
+        )
     shapes = _leaves(config)
     with Tensors(folder) as tensors:
         entries = expand(family.rows, config, shapes)
@@ -291,8 +305,9 @@ def _describe(config: Transformer) -> tuple[Family, Fields, list[Entry]]:
     if nearest is None:
         known = ", ".join(family.model_type for family in FAMILIES)
         raise InteropError(f"no family of checkpoints has such a model; known are {known}")
-    listed = "\n  ".join(nearest[2])
-    raise InteropError(f"no family of checkpoints expresses this model; the nearest is {nearest[0]}, where\n  {listed}")
+    raise InteropError(
+        f"no family of checkpoints expresses this model; the nearest is {nearest[0]}, where {say_first(nearest[2])}"
+    )
 
 
 def copy_tokenizer(source: str | pathlib.Path, target: str | pathlib.Path) -> list[str]:

@@ -32,6 +32,9 @@ class Routing(NamedTuple):
     valid_BT: jax.Array
 
 
+# Of more experts than this only the extremes of the load are logged.
+MOST_LOGGED = 64
+
 SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax": lambda logits: jax.nn.softmax(logits, axis=-1),
     "sigmoid": jax.nn.sigmoid,
@@ -204,8 +207,10 @@ def z_loss(logits_BTE: jax.Array, valid_BT: jax.Array) -> WeightedSum:
 def routing_metrics(routing: Routing, counts_BE: jax.Array, num_dropped: jax.Array) -> dict[str, WeightedSum]:
     """Computes what is logged of a router: each divided by its weight is the mean over layers.
 
-    `router/max_load` is the largest load of an expert over the mean load, `router/entropy` the mean entropy of a
-    token's distribution in nats, `router/drop_rate` the share of selections that an expert had no room for.
+    `router/load_of_E` is f32[E], the share of the selections that each of E experts got (at most `MOST_LOGGED`),
+    `router/max_load` and `router/min_load` the largest and the smallest load over the mean load, `router/entropy` the
+    mean entropy of a token's distribution in nats, `router/drop_rate` the share of selections that an expert had no
+    room for.
 
     Args:
       routing: of all tokens.
@@ -213,13 +218,18 @@ def routing_metrics(routing: Routing, counts_BE: jax.Array, num_dropped: jax.Arr
       num_dropped: f32[], selections that were dropped.
     """
     counts_E = jax.lax.stop_gradient(jnp.sum(counts_BE, axis=0))
-    num_selections = jnp.sum(counts_E)
+    num_selections, num_experts = jnp.sum(counts_E), counts_E.shape[0]
     probabilities_BTE = jax.lax.stop_gradient(routing.probabilities_BTE)
     entropy_BT = jnp.sum(jax.scipy.special.entr(probabilities_BTE), axis=-1) * routing.valid_BT
     tokens = jnp.sum(routing.valid_BT.astype(jnp.float32))
-    max_load = jnp.max(counts_E) * counts_E.shape[0] / jnp.maximum(num_selections, 1.0)
-    return {
-        "router/max_load": WeightedSum(tokens * max_load, tokens),
+    load_E = counts_E * num_experts / jnp.maximum(num_selections, 1.0)
+    found = {
+        "router/max_load": WeightedSum(tokens * jnp.max(load_E), tokens),
+        "router/min_load": WeightedSum(tokens * jnp.min(load_E), tokens),
         "router/entropy": WeightedSum(jnp.sum(entropy_BT), tokens),
         "router/drop_rate": WeightedSum(num_dropped, num_selections),
     }
+    if num_experts <= MOST_LOGGED:
+        # Layers may differ in how many experts they have, and only what is of one number can be summed over them.
+        found[f"router/load_of_{num_experts}"] = WeightedSum(counts_E, num_selections)
+    return found

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Frame, Traits, Vocabulary, cut, find_missing, special
+from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special
 from lm.objectives.noise import cover_spans, place_spans
 from lm.objectives.sentences import split_sentences
 from lm.objectives.text_to_text import TextToText, join
@@ -70,9 +70,10 @@ class BART:
 
     @property
     def traits(self) -> Traits:
-        """Those of a text-to-text objective whose source has a bos of its own and whose decoder starts with eos."""
-        frame = Frame(start="eos", before=("bos",), after=("eos",))
-        return dataclasses.replace(TextToText(prefix=self.prefix).traits, frame=frame)
+        """Those of a text-to-text objective whose source and target have a bos and whose decoder starts with eos."""
+        traits = TextToText(prefix=self.prefix).traits
+        frame = dataclasses.replace(traits.frame, start=("eos",), before=("bos",), answer=("bos",))
+        return dataclasses.replace(traits, frame=frame)
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each segment of the document."""

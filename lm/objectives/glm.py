@@ -16,7 +16,7 @@ import dataclasses
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, find_missing, special, take
+from lm.objectives.base import CORRUPTION, Context, Frame, Traits, Vocabulary, find_missing, special, take
 from lm.objectives.noise import cover_spans, find_runs, place_spans
 from lm.objectives.sentences import split_sentences
 
@@ -154,8 +154,10 @@ class GLM:
 
     @property
     def traits(self) -> Traits:
-        """One stack with a bidirectional part and a second position."""
-        return Traits(layouts=frozenset({"decoder"}), bidirectional=True, fields=frozenset({"block_positions"}))
+        """One stack with a bidirectional part and a second position; prompts are texts that end in a blank."""
+        frame = Frame(start=(), after=("mask",), answer=("sop",), end="eop", bidirectional=True, strides=(0, 1))
+        fields = frozenset({"block_positions"})
+        return Traits(layouts=frozenset({"decoder"}), bidirectional=True, fields=fields, frame=frame)
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each segment of the document: text and two tokens for each blank fit a row."""

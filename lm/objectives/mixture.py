@@ -55,6 +55,7 @@ class Mixture:
     def traits(self) -> Traits:
         """What all the components allow, and what any of them needs."""
         inner = [component.objective.traits for component in self.components]
+        frames = tuple((c.name, t.frame) for c, t in zip(self.components, inner, strict=True) if t.autoregressive)
         return Traits(
             layouts=frozenset.intersection(*(t.layouts for t in inner)) if inner else frozenset(),
             bidirectional=any(t.bidirectional for t in inner),
@@ -64,8 +65,8 @@ class Mixture:
             fields=frozenset({"components"}).union(*(t.fields for t in inner)),
             num_labels=max((t.num_labels for t in inner), default=0),
             label_rule=next((t.label_rule for t in inner if t.label_rule), ""),
-            # Prompts are laid out as those of the first component that generates.
-            frame=next((t.frame for t in inner if t.autoregressive), Frame()),
+            frame=frames[0][1] if frames else Frame(),
+            frames=frames,
             component_names=tuple(name for component in self.components for name in component.names),
         )
 

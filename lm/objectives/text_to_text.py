@@ -50,10 +50,11 @@ class TextToText:
     @property
     def traits(self) -> Traits:
         """Two stacks, or one with or without a bidirectional prefix."""
+        bidirectional = self.prefix == "bidirectional"
         return Traits(
             layouts=frozenset({"decoder", "encoder_decoder"}),
-            bidirectional=self.prefix == "bidirectional",
-            frame=Frame(after=("eos",) if self.source_eos else ()),
+            bidirectional=bidirectional,
+            frame=Frame(after=("eos",) if self.source_eos else (), bidirectional=bidirectional),
         )
 
     def fits(self, sizes: Sizes, lengths: Lengths) -> bool:

@@ -14,14 +14,12 @@ from typing import Literal
 
 import numpy as np
 
-from lm.batch import Document, Example, Lengths, SpecialTokens
+from lm.batch import MODES, Document, Example, Lengths, SpecialTokens
 from lm.objectives.base import CORRUPTION, Context, Traits
 from lm.objectives.noise import SpanNoise, SuffixNoise
 from lm.objectives.prefix import PrefixLM
 from lm.objectives.span_corruption import SpanCorruption
 from lm.objectives.text_to_text import TextToText, find_problems, take_segment
-
-MODES = ("R", "S", "X")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,9 +100,15 @@ class UL2:
 
     @property
     def traits(self) -> Traits:
-        """Those of the format, with a component for each denoiser."""
+        """Those of the format, with a component for each denoiser; prompts are announced as S, or else as the first."""
         names = tuple(denoiser.name for denoiser in self.denoisers)
-        return dataclasses.replace(self.format.traits, fields=frozenset({"components"}), component_names=names)
+        traits = dataclasses.replace(self.format.traits, fields=frozenset({"components"}), component_names=names)
+        if not self.mode_tokens:
+            return traits
+        modes = tuple(mode for mode in MODES if mode in {denoiser.mode for denoiser in self.denoisers})
+        # What continues a text is the rest of it, which is what S-denoisers ask for.
+        mode = next((mode for mode in ("S", *modes) if mode in modes), None)
+        return dataclasses.replace(traits, frame=dataclasses.replace(traits.frame, modes=modes, mode=mode))
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each segment of the document, each under a denoiser of its own."""

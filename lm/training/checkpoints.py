@@ -4,6 +4,7 @@ Owns the folder `checkpoints/` of a workdir and what each step in it holds: para
 the rest of the train state, and the data iterator's state. Law: restore(save(x)) == x, bit for bit.
 """
 
+import contextlib
 import pathlib
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from lm.config import UserError
+from lm.config import UserError, say_first
 from lm.experiment import CheckpointConfig
 from lm.training.state import TrainState, Tree
 
@@ -193,13 +194,36 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
         for candidate in [step] if step is not None else reversed(steps):
             item = "average" if (directory / str(candidate) / "average").exists() else "params"
             try:
+                if misfits := _misfits(m.directory / str(candidate) / item, like):
+                    reasons.append(f"that of step {candidate} {say_first(misfits)}")
+                    continue
                 read = m.restore(candidate, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
             except Exception as error:  # as above: reported, then the one before it is tried
-                reasons.append(f"{candidate}: {_first_line(error)}")
-                logging.warning("checkpoint %s cannot be read", reasons[-1])
+                reasons.append(f"that of step {candidate} cannot be read ({_first_line(error)})")
+                logging.warning("%s", reasons[-1])
                 continue
             return candidate, read[item]
-    raise CheckpointError(f"no checkpoint in {directory} fits this model; " + "; ".join(reasons))
+    raise CheckpointError(f"no checkpoint in {directory} fits this model: {'; '.join(reasons)}")
+
+
+def _misfits(item: Any, like: Tree) -> list[str]:
+    """Returns a clause for each parameter that a checkpoint's item lacks, has too much, or has in another shape."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        stored = handler.metadata(item).tree
+    theirs, ours = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (stored, like))
+    )
+    shapes = [(name, theirs.get(name), ours.get(name)) for name in [*ours, *[n for n in theirs if n not in ours]]]
+    return [_say_misfit(*each) for each in shapes if each[1] != each[2]]
+
+
+def _say_misfit(name: str, theirs: tuple[int, ...] | None, ours: tuple[int, ...] | None) -> str:
+    if theirs is None:
+        return f"lacks this model's parameter {name}"
+    if ours is None:
+        return f"holds the parameter {name}, which this model has not"
+    return f"holds the parameter {name} with shape {list(theirs)}, which in this model has {list(ours)}"
 
 
 def save_params(workdir: pathlib.Path, params: Tree) -> None:

@@ -18,18 +18,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import numpy as np
 
 from lm.batch import WeightedSum
 from lm.config import ConfigError, UserError
 from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.experiment import Experiment
 from lm.training.assembly import Assembly, assemble, check_batch_size, check_tokenizer, use_compilation_cache
-from lm.training.checkpoints import Checkpoints, restore_params
+from lm.training.checkpoints import CheckpointError, Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
 from lm.training.meter import Meter
 from lm.training.state import TrainState, Tree, place
 from lm.training.step import TrainMetrics, make_train_step
-from lm.training.workdir import check_data, locked, open_workdir, save_config, write_record
+from lm.training.workdir import check_data, locked, open_workdir, read_config, save_config, write_record
 
 # sysexits.h EX_TEMPFAIL: saved, not finished, to be started again.
 EXIT_PREEMPTED = 75
@@ -127,10 +128,15 @@ class TrainLoop:
         """Returns the parameters of another run or, if they can be imported, of another project, on the devices."""
         like = self.assembly.state.params
         params = None if self.import_params is None else self.import_params(folder, self.config.model)
-        if params is None:
-            check_tokenizer(pathlib.Path(folder), self.assembly.tokenizer)
+        if params is not None:
+            return place(params, like)
+        check_tokenizer(pathlib.Path(folder), self.assembly.tokenizer)
+        try:
             return restore_params(pathlib.Path(folder), like)[1]
-        return place(params, like)
+        except CheckpointError as error:
+            theirs, ours = (type(c.model).__name__ for c in (read_config(pathlib.Path(folder)), self.config))
+            kinds = f"{folder} is a run of {theirs}, this is one of {ours}"
+            raise ConfigError(f"config.init_from: {kinds}; {error}") from error
 
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""
@@ -259,14 +265,22 @@ class TrainLoop:
 
 
 def _means(metrics: TrainMetrics) -> dict[str, float]:
-    """Returns plain figures; a mean over nothing is left out."""
+    """Returns plain figures; a mean over nothing is left out, and N figures of one name are name/0, name/1, ..."""
     found = {}
     for name, value in metrics.items():
-        if not isinstance(value, WeightedSum):
-            found[name] = float(value)
-        elif value.weight > 0:
-            found[name] = float(value.sum) / float(value.weight)
+        if isinstance(value, WeightedSum):
+            if not value.weight > 0:
+                continue
+            value = np.asarray(value.sum, np.float64) / value.weight
+        found |= _named(name, np.asarray(value))
     return found
+
+
+def _named(name: str, value: np.ndarray) -> dict[str, float]:
+    if not value.ndim:
+        return {name: float(value)}
+    width = len(str(len(value) - 1))  # so that sorted by name is sorted by number
+    return {f"{name}/{i:0{width}}": float(figure) for i, figure in enumerate(value)}
 
 
 def _chain(before: str, digest: str) -> str:

@@ -136,9 +136,10 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
     """Returns the pure train step; jit it with the state donated.
 
-    The metrics are f32[] scalars: those of `describe`, gradient_norm, parameter_norm, learning_rate,
-    and skipped (1 where the loss or the gradient was not finite and the update was left out); for a mixture of
-    objectives also those of `describe_components`, pairs whose weight is 0 where a batch has nothing of a component.
+    The metrics are f32[] scalars, or f32[N] for N figures of one name: those of `describe`, gradient_norm,
+    parameter_norm, learning_rate, and skipped (1 where the loss or the gradient was not finite and the update was left
+    out); for a mixture of objectives also those of `describe_components`, pairs whose weight is 0 where a batch has
+    nothing of a component.
 
     Args:
       config: the run.

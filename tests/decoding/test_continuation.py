@@ -14,15 +14,17 @@ from lm.decoding import (
     DecodingError,
     Sampling,
     build_decoder,
+    choose_frame,
     complete_texts,
     encode_prompts,
     fit_max_tokens,
     stream_text,
 )
-from lm.document import Traits
+from lm.document import PLAIN, Frame
+from lm.objectives import UL2, Causal, Component, MaskedLM, Mixture, PrefixLM, TextToText
+from lm.objectives.ul2 import suffix
 
 BYTES = ByteTokenizer(0)
-CAUSAL = Traits(layouts=frozenset({"decoder"}))
 TEXTS = ["Once upon", "", "naïve \N{GRINNING FACE}", "a\nb"]
 
 
@@ -48,8 +50,8 @@ def _mesh():
         yield
 
 
-def build(traits=CAUSAL, **settings):
-    return build_decoder(make()[0], BYTES, traits, Sampling(**settings), max_tokens=12)
+def build(frame=PLAIN, **settings):
+    return build_decoder(make()[0], BYTES, frame, Sampling(**settings), max_tokens=12)
 
 
 def test_prompts_begin_with_bos_and_hold_the_text():
@@ -82,12 +84,13 @@ def test_eos_ends_the_text_and_is_not_shown():
 
 def test_a_prefix_objective_makes_the_prompt_bidirectional():
     assert not build().bidirectional_prompt
-    assert build(dataclasses.replace(CAUSAL, bidirectional=True)).bidirectional_prompt
+    assert build(choose_frame(PrefixLM().traits)).bidirectional_prompt
+    assert not build(choose_frame(PrefixLM(format=TextToText(prefix="causal")).traits)).bidirectional_prompt
 
 
 def test_what_does_not_generate_is_an_error():
     with pytest.raises(DecodingError, match="left to right"):
-        build(Traits(layouts=frozenset({"encoder"}), autoregressive=False))
+        choose_frame(MaskedLM().traits)
 
 
 def test_fit_max_tokens():
@@ -121,3 +124,78 @@ def test_rows_fill_up_the_mesh():
         got = list(complete_texts(fresh, placed, BYTES, TEXTS[:3], seed=1))
     assert got == expected
     assert np.unique(got).size > 1
+
+
+def test_nothing_but_text_and_its_end_is_made():
+    """With all ids alike, every one that may be made is: the bytes, and eos."""
+    model, params = make()
+    decoder = dataclasses.replace(build(temperature=1.0), max_tokens=24)
+    flat = jax.tree.map(np.zeros_like, params)
+    prompts = encode_prompts(model, BYTES, ["a"] * 64, range(64))
+    tokens = decoder.generate(flat, prompts).tokens
+    made = set(tokens[tokens > 0].tolist())
+    text = set(np.flatnonzero(BYTES.token_bytes > 0).tolist())
+    assert made <= text | {BYTES.specials.eos}
+    assert BYTES.specials.eos in made
+    assert len(made) > 0.9 * len(text)
+
+
+def test_a_mode_token_announces_the_prompt_as_in_training():
+    objective = UL2(mode_tokens=True)
+    traits = objective.traits
+    for mode, token in zip("RSX", BYTES.specials.modes, strict=True):
+        prompts = encode_prompts(make()[0], BYTES, ["ab"], [0], choose_frame(traits, mode=mode))
+        specials = BYTES.specials
+        row = prompts.tokens[0, : prompts.lengths[0]].tolist()
+        assert row == [specials.bos, token, *BYTES.encode("ab"), specials.eos]
+    assert choose_frame(traits).mode == "S"
+    assert choose_frame(UL2(denoisers=tuple(d for d in objective.denoisers if d.mode != "S")).traits).mode == "R"
+    assert choose_frame(UL2(mode_tokens=False).traits).mode is None
+    # The mode counts among what the row must hold.
+    frame = choose_frame(traits)
+    decoder = build_decoder(make()[0], BYTES, frame, Sampling(), fit_max_tokens(make()[0], BYTES, ["ab"], 99, frame))
+    prompts = encode_prompts(make()[0], BYTES, ["ab"], [0], frame)
+    decoder.check(prompts)
+    with pytest.raises(DecodingError, match="max_length"):
+        dataclasses.replace(decoder, max_tokens=decoder.max_tokens + 1).check(prompts)
+
+
+MIXTURE = Mixture(
+    components=(
+        Component(name="mlm", objective=MaskedLM()),
+        Component(name="lm", objective=Causal()),
+        Component(name="ul2", objective=UL2(denoisers=(suffix(0.5),))),
+    )
+)
+
+
+def test_a_mixture_prompts_as_the_component_that_is_asked_for():
+    assert choose_frame(MIXTURE.traits) == PLAIN
+    assert choose_frame(MIXTURE.traits, "ul2").mode == "S"
+    assert choose_frame(MIXTURE.traits, "ul2").bidirectional
+    assert not choose_frame(MIXTURE.traits, "lm").bidirectional
+
+
+@pytest.mark.parametrize(
+    ("traits", "component", "mode", "words"),
+    [
+        (MIXTURE.traits, "glm", None, "no component 'glm' to prompt as; those that generate are lm, ul2"),
+        (MIXTURE.traits, "mlm", None, "those that generate are lm, ul2"),
+        (Causal().traits, "lm", None, "it is no mixture"),
+        (Causal().traits, None, "S", "no mode 'S' to prompt in; no mode token announced its examples"),
+        (MIXTURE.traits, "ul2", "X", "no mode 'X' to prompt in; there are S"),
+        (UL2().traits, None, "s", "there are R, S, X"),
+    ],
+)
+def test_names_that_are_not_there_are_answered_by_those_that_are(traits, component, mode, words):
+    with pytest.raises(DecodingError, match=words) as error:
+        choose_frame(traits, component, mode)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_tokenizer_without_the_modes_is_an_error():
+    class Plain:
+        specials = dataclasses.replace(BYTES.specials, modes=())
+
+    with pytest.raises(DecodingError, match="mode 'S'"):
+        encode_prompts(make()[0], Plain(), ["ab"], [0], Frame(modes=("S",), mode="S"))

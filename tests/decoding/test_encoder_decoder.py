@@ -145,26 +145,18 @@ def test_prompts_stand_where_sources_stood_in_training(objective):
     assert source.tolist()[before : len(source) - after] == vocabulary.encode(text).tolist()
     assert source[:before].tolist() == example.encoder_inputs[:before].tolist()
     assert source[len(source) - after :].tolist() == example.encoder_inputs[-after:].tolist()
-    assert made.tokens[0, : made.lengths[0]].tolist() == example.inputs[: 1 + before].tolist()
+    begin = made.tokens[0, : made.lengths[0]].tolist()
+    assert begin == example.inputs[: 1 + len(frame.answer)].tolist()
     # In one stack the same comes one after the other.
     (example,) = objective.examples(document, dataclasses.replace(context, lengths=Lengths(140)))
     alone = encode_prompts(SimpleNamespace(config=SimpleNamespace(encoder_depth=0)), vocabulary, [text], [0], frame)
-    prompt = alone.tokens[0, : alone.lengths[0]]
-    visible = example.inputs[: int(example.bidirectional.sum())]
-    assert prompt[: 1 + before].tolist() == visible[: 1 + before].tolist()
-    assert prompt[len(prompt) - after :].tolist() == visible[-after:].tolist()
-    assert prompt.tolist() == [*made.tokens[0, :1], *source]
-
-
-def test_what_begins_a_target_is_not_shown():
-    """A single stack that BART trained makes bos first."""
-    vocabulary = ByteTokenizer(0)
-    model, params = make(vocabulary.size)
-    # All logits are alike, so that 0 is made again and again.
-    params = {**params, "tokens": {"embedding": params["tokens"]["embedding"] * 0}}
-    decoder = dataclasses.replace(greedy(model), num_ids=vocabulary.size)
-    vocabulary.specials = dataclasses.replace(vocabulary.specials, bos=0)
-    assert list(complete_texts(decoder, params, vocabulary, ["hello"])) == [""]
+    prompt = alone.tokens[0, : alone.lengths[0]].tolist()
+    num_visible = int(example.bidirectional.sum())
+    visible, hidden = example.inputs[:num_visible], example.inputs[num_visible:]
+    assert prompt == [begin[0], *source, *begin[1:]]
+    assert prompt[: 1 + before] == visible[: 1 + before].tolist()
+    assert prompt[alone.sources[0] - after : alone.sources[0]] == visible[-after:].tolist()
+    assert prompt[alone.sources[0] :] == hidden[: len(frame.answer)].tolist()
 
 
 def test_a_source_that_is_too_long_is_an_error():

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 
 import jax
@@ -54,6 +55,7 @@ def refused(folder, words, config=None):
     message = str(caught.value)
     assert words in message
     assert str(folder) in message
+    assert len(message.splitlines()) == 1
     return message
 
 
@@ -121,9 +123,20 @@ def test_config_and_tensors_that_disagree_are_refused(folder):
 
 def test_another_model_than_wanted_is_refused(folder):
     wanted = dataclasses.replace(CONFIG, positions=models.Rotary(theta=7.0), vocab_size=12)
-    message = refused(folder, "another model", wanted)
-    assert "config.model.layers.*.positions.theta: 7.0 -> 10000.0 (3 layers)" in message
-    assert "config.model.vocab_size: 12 -> 11" in message
+    words = "another model than the config describes, Decoder of the family llama and not Decoder of the family llama: "
+    message = refused(folder, words, wanted)
+    assert message.endswith("config.model.vocab_size: 12 -> 11 (and 1 more)")
+    message = refused(folder, words, dataclasses.replace(wanted, vocab_size=11))
+    assert message.endswith("config.model.layers.*.positions.theta: 7.0 -> 10000.0 (3 layers)")
+
+
+def test_a_model_of_another_family_is_refused_in_one_sentence(folder):
+    wanted = importlib.import_module("configs.t5").get_model("tiny")
+    message = refused(folder, "Decoder of the family llama and not EncoderDecoder of the family t5: ", wanted)
+    assert re.search(r': config\.model\.type: "EncoderDecoder" -> "Decoder" \(and \d+ more\)$', message)
+    odd = dataclasses.replace(CONFIG, mlp=models.Mlp(activation="relu_squared"))
+    message = refused(folder, "Decoder of the family llama and not Decoder of no family: ", odd)
+    assert len(message.splitlines()) == 1
 
 
 def test_folders_without_a_config(tmp_path):

@@ -314,7 +314,11 @@ def test_losses_and_metrics_are_means_over_layers(params, packed):
     mean = output.losses["load_balance"].sum / output.losses["load_balance"].weight
     assert 0.5 * 2 * 0.95 < mean < 0.5 * 4
     assert set(output.losses) == {"load_balance", "router_z"}
-    assert {"router/max_load", "router/entropy", "router/drop_rate"} == set(output.metrics)
+    names = {"max_load", "min_load", "entropy", "drop_rate", "load_of_4"}
+    assert {f"router/{name}" for name in names} == set(output.metrics)
+    load = output.metrics["router/load_of_4"]
+    np.testing.assert_array_equal(load.weight, 2 * 20 * 2)
+    np.testing.assert_array_equal(load.sum.sum(), load.weight)
 
 
 def test_bias_has_no_gradient_and_follows_the_counts_whatever_the_optimizer_did(params, packed):

@@ -20,6 +20,10 @@ def _mean(pair):
     return float(pair.sum / pair.weight)
 
 
+def _load(pair):
+    return np.asarray(pair.sum / pair.weight)
+
+
 def _balance(routed, *, per_row=False):
     return _mean(routing.load_balance_loss(routed, routing.selection_counts(routed), per_row=per_row))
 
@@ -88,11 +92,25 @@ def test_metrics_of_collapsed_and_uniform_routing():
     found = routing.routing_metrics(uniform, routing.selection_counts(uniform), jnp.float32(1.0))
     assert _mean(found["router/max_load"]) == pytest.approx(1.0)
     assert _mean(found["router/entropy"]) == pytest.approx(np.log(4))
+    assert _mean(found["router/min_load"]) == pytest.approx(1.0)
     assert _mean(found["router/drop_rate"]) == pytest.approx(0.25)
+    np.testing.assert_allclose(_load(found["router/load_of_4"]), [0.25] * 4)
     collapsed = _routing(np.zeros((1, 4, 1)), np.eye(4)[None, [0, 0, 0, 0]])
     found = routing.routing_metrics(collapsed, routing.selection_counts(collapsed), jnp.float32(0.0))
     assert _mean(found["router/max_load"]) == pytest.approx(4.0)
+    assert _mean(found["router/min_load"]) == pytest.approx(0.0)
     assert _mean(found["router/entropy"]) == pytest.approx(0.0)
+    np.testing.assert_allclose(_load(found["router/load_of_4"]), [1, 0, 0, 0])
+
+
+def test_load_of_each_expert_leaves_padding_out_and_is_left_out_where_it_would_be_endless():
+    experts = np.array([[[0, 1], [0, 2], [3, 2], [3, 3]]])
+    routed = _routing(experts, np.full((1, 4, 4), 0.25))._replace(valid_BT=jnp.asarray([[True, True, True, False]]))
+    found = routing.routing_metrics(routed, routing.selection_counts(routed), jnp.float32(0.0))
+    np.testing.assert_allclose(_load(found["router/load_of_4"]), np.array([2, 1, 2, 1]) / 6)
+    many = _routing(np.zeros((1, 4, 1)), np.full((1, 4, 65), 1 / 65))
+    found = routing.routing_metrics(many, routing.selection_counts(many), jnp.float32(0.0))
+    assert set(found) == {"router/max_load", "router/min_load", "router/entropy", "router/drop_rate"}
 
 
 def test_weights_of_the_selected():

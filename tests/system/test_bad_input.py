@@ -13,7 +13,7 @@ from absl.testing import flagsaver
 from lm import flags
 from lm import train as train_program
 from lm.data import prefetching  # noqa: F401 Grain defines flags when it is imported, which flagsaver would take back
-from tests.system.runs import tiny_flags, write_corpus
+from tests.system.runs import run, tiny_flags, write_corpus
 
 pytestmark = pytest.mark.system
 
@@ -107,6 +107,15 @@ def test_a_config_file_that_does_not_import(call, tmp_path, line):
     assert code == 2
     assert "mine.py: " in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("program", ["evaluate", "generate"])
+@pytest.mark.parametrize("flag", ["--config.num_steps=3", "--config=configs/quickstart.py"])
+def test_the_config_of_a_trained_run_is_that_of_its_folder(program, flag):
+    code, out, err = run(f"lm.{program}", "--workdir=nowhere", flag)
+    assert (code, out) == (2, "")
+    sentence = f"{flag}: only lm.train takes a config; a run's own is read from its folder (--workdir)"
+    assert err == f"{program}: {sentence}\n"
 
 
 def _write(path, content):

@@ -46,6 +46,7 @@ def test_streamed_and_batched_text_are_the_same(workdir):
         (("--workdir={workdir}", "--temperature=-1"), "temperature"),
         (("--workdir={workdir}", "--max_tokens=9999", "--prompt=a"), "max_length"),
         (("--workdir={workdir}", "--prompt_file=nowhere"), "nowhere"),
+        (("--workdir={workdir}", "--mode=S"), "no mode 'S' to prompt in"),
     ],
 )
 def test_what_can_be_mended_ends_in_a_sentence(workdir, flags, sentence):

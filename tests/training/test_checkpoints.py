@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit; damage falls back to the one before and says so."""
 
+import re
 import shutil
 
 import jax
@@ -112,3 +113,18 @@ def test_params_alone(tmp_path, assembly):
         restore_params(tmp_path, assembly.state.params, 7)
     with pytest.raises(CheckpointError, match="has no checkpoints"):
         restore_params(tmp_path / "elsewhere", assembly.state.params)
+
+
+def test_params_of_another_model_are_told_by_the_first_that_differs(tmp_path, assembly):
+    checkpoints, _ = _save(tmp_path, assembly, 1)
+    checkpoints.close()
+    like = assembly.state.params
+    table = like["tokens"]["embedding"]
+    longer = {**like, "tokens": {"embedding": jax.ShapeDtypeStruct((7, *table.shape[1:]), table.dtype)}}
+    words = f"with shape {list(table.shape)}, which in this model has {[7, *table.shape[1:]]}"
+    with pytest.raises(CheckpointError, match=f"1 holds the parameter tokens/embedding {re.escape(words)}$"):
+        restore_params(tmp_path, longer)
+    with pytest.raises(CheckpointError, match=r"1 lacks this model's parameter tower/kernel$"):
+        restore_params(tmp_path, {**like, "tower": {"kernel": jax.ShapeDtypeStruct((3,), table.dtype)}})
+    with pytest.raises(CheckpointError, match=r"1 holds the parameter .*, which this model has not \(and \d+ more\)$"):
+        restore_params(tmp_path, {"tokens": like["tokens"]})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.batch import WeightedSum
 from lm.experiment import LossConfig
 from lm.objectives import Causal, Component, FillInTheMiddle, Mixture
 from lm.optim import build_optimizer
@@ -51,3 +52,11 @@ def test_components_are_told_apart(chunk, num_microbatches):
     plain = _metrics(config, batch)
     for name in ("loss", "gradient_norm"):
         np.testing.assert_allclose(mixed[name], plain[name], rtol=1e-6)
+
+
+def test_figures_of_one_name_are_numbered_so_that_they_sort():
+    loads = jnp.arange(12.0) / 66
+    found = _means(jax.device_get({"loss": jnp.float32(2.0), "load": WeightedSum(loads * 3.0, jnp.float32(3.0))}))
+    assert list(found) == [*(f"load/{i:02}" for i in range(12)), "loss"]
+    np.testing.assert_allclose([found[f"load/{i:02}"] for i in range(12)], loads, rtol=1e-6)
+    assert _means({"load": WeightedSum(np.zeros(3), np.float32(0.0))}) == {}

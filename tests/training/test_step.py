@@ -220,12 +220,14 @@ def test_routers_are_balanced_by_the_counts_of_all_microbatches():
             counts = model.apply(state.params, batch).statistics
             state, metrics = jax.jit(step)(state, batch)
             results.append((state.params, metrics))
-    (whole, metrics), (pieces, _) = results
+    (whole, metrics), (pieces, metrics_of_pieces) = results
     load = np.asarray(_biases(counts))
     np.testing.assert_array_equal(_biases(whole), np.float32(1e-3) * np.sign(load.mean(-1, keepdims=True) - load))
     np.testing.assert_array_equal(_biases(whole), _biases(pieces))
     assert metrics["router/max_load"] >= 1.0
     assert metrics["router/drop_rate"] == 0.0
+    np.testing.assert_allclose(metrics["router/load_of_8"], load.sum(0) / load.sum(), rtol=1e-6)
+    np.testing.assert_allclose(metrics_of_pieces["router/load_of_8"], metrics["router/load_of_8"], rtol=1e-6)
     assert metrics["skipped"] == 0.0
 
 
