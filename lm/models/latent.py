@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.attention import Chunked, Layout, Plain, Scoring
+from lm.models.context_parallel import AllToAll, Gather, Ring, attend
 from lm.models.layers import Einsum, Norm, fold
 from lm.models.multihead import Cache, Context
 from lm.models.positions import Alibi, Bucketed, Relative
@@ -34,6 +35,7 @@ class Latent:
       scale: factor on the products; None means 1 / sqrt(nope_dim + rotary_dim).
       dropout_rate: probability that an attention weight is dropped.
       kernel: how attention is computed.
+      context_parallel: how, where mesh.context divides the sequence.
     """
 
     query_rank: int | None = 1536
@@ -44,6 +46,7 @@ class Latent:
     scale: float | None = None
     dropout_rate: float = 0.0
     kernel: Plain | Chunked = Plain()
+    context_parallel: Ring | AllToAll | Gather = Ring()
 
     def build(
         self, config: "Transformer", layer: "Layer", *, causal: bool, cross: bool, gain: float, name: str
@@ -117,7 +120,8 @@ class LatentAttention(nn.Module):
             shared_BSNH = jnp.broadcast_to(key_BSH[:, :, None, :], (*k_BSNH.shape[:3], settings.rotary_dim))
             k_BSNH = jnp.concatenate([k_BSNH, shared_BSNH], axis=-1)
             q_BTNH = jnp.concatenate([nope_BTNH, rotated_BTNH], axis=-1)
-            out_BTNH = settings.kernel.attend(q_BTNH, k_BSNH, value_up(latent_BSR), layout, scoring)
+            arrays = (q_BTNH, k_BSNH, value_up(latent_BSR))
+            out_BTNH = attend(settings.context_parallel, settings.kernel, arrays, layout, scoring)
         else:
             # One key head that all queries share: the latent with the rotated channels; its values are the latent.
             absorbed_BTNR = key_up(nope_BTNH, "BTNH,RNH->BTNR")

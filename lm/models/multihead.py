@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.attention import Chunked, Layout, Plain, RelativeVectors, Scoring, Side
+from lm.models.attention import Bias, Chunked, Layout, Plain, RelativeVectors, Scoring, Side
+from lm.models.context_parallel import AllToAll, Gather, Ring, attend
 from lm.models.initializers import Constant
 from lm.models.layers import Einsum, Norm, declare, fold
 from lm.parallel import constrain
@@ -59,6 +60,7 @@ class MultiHead:
       sinks: whether each head has a learned score that reads nothing (gpt-oss).
       dropout_rate: probability that an attention weight is dropped.
       kernel: how attention is computed; all kernels agree.
+      context_parallel: how, where mesh.context divides the sequence; all ways agree.
     """
 
     use_qkv_bias: bool = False
@@ -69,6 +71,7 @@ class MultiHead:
     sinks: bool = False
     dropout_rate: float = 0.0
     kernel: Plain | Chunked = Plain()
+    context_parallel: Ring | AllToAll | Gather = Ring()
 
     def build(
         self, config: "Transformer", layer: "Layer", *, causal: bool, cross: bool, gain: float, name: str
@@ -151,7 +154,10 @@ class MultiHeadAttention(nn.Module):
         layout = Layout(
             context.queries, keys, self.causal and not self.cross, None if self.cross else self.layer.window
         )
-        out_BTNH = settings.kernel.attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
+        if cache is None:
+            out_BTNH = attend(settings.context_parallel, settings.kernel, (q_BTNH, k_BSKH, v_BSKH), layout, scoring)
+        else:
+            out_BTNH = settings.kernel.attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
         out_BTNH = constrain(out_BTNH, "batch", "length", "activation_heads", None)
         output = Einsum("BTNH,NHD->BTD", config, settings.use_output_bias, residual=True, scale=self.gain, name="out")
         return output(out_BTNH), cache
@@ -161,11 +167,11 @@ class MultiHeadAttention(nn.Module):
         if self.cross:
             if cache is not None and context.memory_BSD is None:
                 return cache["cross_key"], cache["cross_value"], self._memory(context), cache
-            k_BSKH, v_BSKH = self._project(context.memory_BSD)
+            k_BSKH, v_BSKH = self._project(context.memory_BSD, cache)
             if cache is not None:
                 cache = {**cache, "cross_key": k_BSKH, "cross_value": v_BSKH}
             return k_BSKH, v_BSKH, self._memory(context), cache
-        k_BTKH, v_BTKH = self._project(x_BTD)
+        k_BTKH, v_BTKH = self._project(x_BTD, cache)
         k_BTKH = (self.layer.positions or self.config.positions).rotate(k_BTKH, context.queries.positions)
         if cache is None or context.index is None:
             return k_BTKH, v_BTKH, context.keys, cache
@@ -174,7 +180,7 @@ class MultiHeadAttention(nn.Module):
         v_BSKH = jax.lax.dynamic_update_slice(cache["value"], v_BTKH.astype(cache["value"].dtype), start)
         return k_BSKH, v_BSKH, context.keys, {**cache, "key": k_BSKH, "value": v_BSKH}
 
-    def _project(self, x_BSD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def _project(self, x_BSD: jax.Array | None, cache: Cache) -> tuple[jax.Array, jax.Array]:
         """Returns keys and values, each [B, S, K, H], before rotation."""
         if x_BSD is None:
             raise ValueError("cross attention needs an encoder's result; the batch has no encoder_inputs")
@@ -182,8 +188,9 @@ class MultiHeadAttention(nn.Module):
         k_BSKH = Einsum("BSD,DKH->BSKH", self.config, bias, name="key")(x_BSD)
         v_BSKH = Einsum("BSD,DKH->BSKH", self.config, bias, scale=self.gain, name="value")(x_BSD)
         k_BSKH = self._normalize(k_BSKH, "key_norm", "kv_heads")
-        k_BSKH = constrain(k_BSKH, "batch", "kv_length", "activation_heads", None)
-        return k_BSKH, constrain(v_BSKH, "batch", "kv_length", "activation_heads", None)
+        length = self.attention.context_parallel.key_axis if cache is None else "kv_length"
+        k_BSKH = constrain(k_BSKH, "batch", length, "activation_heads", None)
+        return k_BSKH, constrain(v_BSKH, "batch", length, "activation_heads", None)
 
     def _normalize(self, x_BTNH: jax.Array, name: str, heads: str) -> jax.Array:
         if self.attention.qk_norm == "none":
@@ -191,12 +198,11 @@ class MultiHeadAttention(nn.Module):
         axes = ("head_dim",) if self.attention.qk_norm == "head" else (heads, "head_dim")
         return Norm(self.config.norm, self.config.compute_dtype, axes, name=name)(x_BTNH)
 
-    def _bias(self, context: Context) -> Any:
-        """Returns the function from the keys' side to the scores' bias."""
-        positions, heads = self.layer.positions or self.config.positions, self.config.num_heads
-        return lambda keys: positions.bias(
-            context.bias_table_UN, context.queries.positions, keys.positions, heads, self.causal
-        )
+    def _bias(self, context: Context) -> Bias | None:
+        """Returns the scores' bias, if the scheme has any."""
+        positions = self.layer.positions or self.config.positions
+        columns_UN = positions.bias_columns(context.bias_table_UN, self.config.num_heads)
+        return None if columns_UN is None else Bias(columns_UN, positions.bias, self.causal)
 
     def _relative(self) -> RelativeVectors | None:
         """Returns the layer's vectors of relative positions, if the scheme has any."""

@@ -11,3 +11,13 @@ from lm.parallel.axes import use as use
 from lm.parallel.mesh import MESH_AXES as MESH_AXES
 from lm.parallel.mesh import MeshConfig as MeshConfig
 from lm.parallel.mesh import build_mesh as build_mesh
+from lm.parallel.shards import activation_spec as activation_spec
+from lm.parallel.shards import by_shards as by_shards
+from lm.parallel.shards import deal as deal
+from lm.parallel.shards import gather_length as gather_length
+from lm.parallel.shards import num_shards as num_shards
+from lm.parallel.shards import shift as shift
+from lm.parallel.shards import to_heads as to_heads
+from lm.parallel.shards import to_length as to_length
+from lm.parallel.shards import undeal as undeal
+from lm.parallel.shards import vary_like as vary_like

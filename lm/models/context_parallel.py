@@ -1,0 +1,276 @@
+"""Attention over a sequence that the mesh divides: gathered keys, a ring, or an exchange of heads for positions.
+
+Between projections and kernels. Each device has a stretch of the queries and of the keys
+(`mesh.context` stretches); what stands where travels with the keys (`Side`), so that masks, windows and biases
+are those of one device. Law: every way equals attention on one device but for rounding.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lm.models.attention import Chunked, Layout, Partial, Plain, Scoring, Side, group
+from lm.parallel import activation_spec, by_shards, deal, gather_length, num_shards, shift, to_heads, to_length, undeal
+
+Kernel = Plain | Chunked
+
+
+class Heads(NamedTuple):
+    """How many heads one device of `tensor` has, to see whether they can be divided further.
+
+    Attributes:
+      queries: query heads.
+      keys: key and value heads.
+    """
+
+    queries: int
+    keys: int
+
+
+Arrays = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _by_shards(function: Callable[..., jax.Array], arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+    """Runs attention on each device's shards; heads are divided if those of keys can be."""
+    if scoring.dropout_rate and scoring.key is not None:
+        raise ValueError("\n".join(_dropout_problems(scoring.dropout_rate, "attention over a divided sequence")))
+    scoring = dataclasses.replace(scoring, key=None)
+    q_BTNH, k_BSKH, _ = arrays
+    q = activation_spec(q_BTNH.shape, "batch", "length", None, None)
+    heads = activation_spec(k_BSKH.shape, None, None, "activation_heads", None)[2]
+    batch, length = q[0], q[1]
+
+    def side(side: Side) -> Side:
+        rows = PartitionSpec(batch, length)
+        return Side(rows, rows, rows, PartitionSpec(length))
+
+    # A column, or an element, of each head; what heads share is whole.
+    bias = None if scoring.bias is None else dataclasses.replace(scoring.bias, table_UN=PartitionSpec(None, heads))
+    sinks = None if scoring.sinks_N is None else PartitionSpec(heads)
+    relative = jax.tree.map(lambda _: PartitionSpec(), scoring.relative)
+    array = PartitionSpec(batch, length, heads, None)
+    specs = (
+        (array, array, array),
+        dataclasses.replace(layout, queries=side(layout.queries), keys=side(layout.keys)),
+        dataclasses.replace(scoring, bias=bias, sinks_N=sinks, relative=relative),
+    )
+    return by_shards(function, specs, array)(arrays, layout, scoring)
+
+
+def _uneven(lengths: dict[str, int], pieces: int, reason: str) -> list[str]:
+    return [
+        f"config.data.{name} {length} does not divide into {pieces} pieces, {reason}: make it a multiple of {pieces}"
+        for name, length in lengths.items()
+        if length % pieces
+    ]
+
+
+def _dropout_problems(dropout_rate: float, way: str) -> list[str]:
+    if not dropout_rate:
+        return []
+    return [
+        f"config.model.attention.dropout_rate {dropout_rate}: {way} drops no attention weights; set it to 0, or"
+        " context_parallel to Gather"
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gather:
+    """Every device reads all keys, gathered by the compiler; queries stay divided (Llama 3, section 3.3.2).
+
+    Computes whatever the kernel computes; memory and traffic grow with the whole length.
+    """
+
+    # The logical axis of the positions of keys and values.
+    key_axis: ClassVar[str] = "kv_length"
+
+    def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns [B, T, N, H of values], as the kernel does."""
+        return kernel.attend(*arrays, layout, scoring)
+
+    def problems(
+        self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
+    ) -> list[str]:
+        """Returns one sentence for each length that the devices do not divide."""
+        del kernel, dropout_rate, heads
+        return _uneven(lengths, shards, f"one for each device of mesh.context {shards}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Keys and values travel around the devices, which add them to a softmax (Liu et al. 2023, ring attention).
+
+    What a block's mask hides altogether is skipped.
+
+    Attributes:
+      zigzag: whether a causal sequence is dealt out again so that all devices have the same work; otherwise the last
+        device has most of it. Costs one exchange of queries, keys, values and result.
+    """
+
+    key_axis: ClassVar[str] = "length"
+    zigzag: bool = True
+
+    def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns [B, T, N, H of values]; the kernel says how the keys of one device are read."""
+        return _by_shards(functools.partial(self._attend, kernel), arrays, layout, scoring)
+
+    def _attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns one device's part of the result."""
+        q_BTNH, k_BSKH, v_BSKH = arrays
+        kv_BSKH = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
+        queries, keys = _pack(layout.queries), _pack(layout.keys)
+        dealt = self.zigzag and layout.causal
+        if dealt:
+            q_BTNH, kv_BSKH = deal(q_BTNH, 1), deal(kv_BSKH, 1)
+            queries = keys = deal(keys, 2)
+        q_BTKGH = group(q_BTNH, k_BSKH.shape[2])
+        pieces = 2 if dealt else 1
+        asked = list(zip(jnp.split(q_BTKGH, pieces, axis=1), jnp.split(queries, pieces, axis=2), strict=True))
+        step = functools.partial(self._read, kernel, asked, k_BSKH.shape[-1], layout, scoring)
+
+        def turn(carry: Any, _: None) -> tuple[Any, None]:
+            partials, kv_BSKH, keys = carry
+            kv_BSKH, keys = shift((kv_BSKH, keys))
+            return (step(partials, kv_BSKH, keys), kv_BSKH, keys), None
+
+        partials = [Partial.start(q_BTKGH, v_BSKH.shape[-1], scoring) for q_BTKGH, _ in asked]
+        carry = (step(partials, kv_BSKH, keys), kv_BSKH, keys)
+        (partials, _, _), _ = jax.lax.scan(turn, carry, length=jax.lax.axis_size("context") - 1)
+        out_BTNH = jnp.concatenate([partial.finish(q_BTNH.dtype) for partial in partials], axis=1)
+        return undeal(out_BTNH, 1) if dealt else out_BTNH
+
+    def _read(
+        self,
+        kernel: Kernel,
+        asked: list[tuple[jax.Array, jax.Array]],
+        width: int,
+        layout: Layout,
+        scoring: Scoring,
+        partials: list[Partial],
+        *block: jax.Array,
+    ) -> list[Partial]:
+        """Adds a block of keys to the softmax of each piece of the queries, piece by piece."""
+        kv_BSKH, keys = block
+        pieces = len(asked)
+        read = list(zip(jnp.split(kv_BSKH, pieces, axis=1), jnp.split(keys, pieces, axis=2), strict=True))
+
+        @jax.checkpoint
+        def extend(partial: Partial, q_BTKGH: jax.Array, kv_BSKH: jax.Array, sides: Any) -> Partial:
+            pair = dataclasses.replace(layout, queries=_unpack(sides[0]), keys=_unpack(sides[1]))
+
+            def add(partial: Partial) -> Partial:
+                return kernel.extend(partial, q_BTKGH, kv_BSKH[..., :width], kv_BSKH[..., width:], pair, scoring)
+
+            return jax.lax.cond(jnp.any(pair.allowed()), add, lambda partial: partial, partial)
+
+        results = []
+        for partial, (q_BTKGH, queries) in zip(partials, asked, strict=True):
+            for kv_BSKH, keys in read:
+                partial = extend(partial, q_BTKGH, kv_BSKH, (queries, keys))
+            results.append(partial)
+        return results
+
+    def problems(
+        self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
+    ) -> list[str]:
+        """Returns one sentence for each length that cannot be dealt, and for attention dropout."""
+        del kernel, heads
+        pieces = 2 * shards if self.zigzag else shards
+        reason = f"{pieces // shards} for each device of mesh.context {shards}"
+        return _dropout_problems(dropout_rate, "the ring") + _uneven(lengths, pieces, reason)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllToAll:
+    """Devices exchange stretches of all heads for all positions of some heads, and back (Jacobs et al. 2023, Ulysses).
+
+    Fewer messages than a ring, but no more devices than heads. Where a device would get less than one key head, key
+    heads are repeated.
+    """
+
+    key_axis: ClassVar[str] = "length"
+
+    def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns [B, T, N, H of values]; the kernel reads whole sequences."""
+        return _by_shards(functools.partial(self._attend, kernel), arrays, layout, scoring)
+
+    def _attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns one device's part of the result."""
+        q_BTNH, k_BSKH, v_BSKH = arrays
+        kv_BSKH = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
+        kv_BSKH = jnp.repeat(kv_BSKH, _repeats(kv_BSKH.shape[2], jax.lax.axis_size("context")), axis=2)
+        k_BSKH, v_BSKH = jnp.split(to_heads(kv_BSKH), [k_BSKH.shape[-1]], axis=-1)
+        sides = [_unpack(gather_length(_pack(side), 2)) for side in (layout.queries, layout.keys)]
+        layout = dataclasses.replace(layout, queries=sides[0], keys=sides[1])
+        return to_length(kernel.attend(to_heads(q_BTNH), k_BSKH, v_BSKH, layout, _own_heads(scoring)))
+
+    def problems(
+        self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
+    ) -> list[str]:
+        """Returns one sentence for each length and number of heads that the devices do not divide, and for dropout."""
+        del kernel
+        problems = _dropout_problems(dropout_rate, "the exchange of heads")
+        repeated = heads.keys * _repeats(heads.keys, shards)
+        if heads.queries % shards or heads.queries % repeated:
+            problems.append(
+                f"config.mesh.context {shards} does not divide the {heads.queries} query heads and {heads.keys} key"
+                " heads of a device, which AllToAll exchanges for positions: use another mesh, or the Ring"
+            )
+        return problems + _uneven(lengths, shards, f"one for each device of mesh.context {shards}")
+
+
+def _repeats(num_heads: int, shards: int) -> int:
+    return shards // math.gcd(num_heads, shards)
+
+
+def _own_heads(scoring: Scoring) -> Scoring:
+    """Returns the scoring of the heads that this device gets in the exchange."""
+
+    def own(x: jax.Array, axis: int) -> jax.Array:
+        size = x.shape[axis] // jax.lax.axis_size("context")
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("context") * size, size, axis)
+
+    bias, sinks_N = scoring.bias, scoring.sinks_N
+    if bias is not None:
+        bias = dataclasses.replace(bias, table_UN=own(bias.table_UN, 1))
+    return dataclasses.replace(scoring, bias=bias, sinks_N=None if sinks_N is None else own(sinks_N, 0))
+
+
+def _pack(side: Side) -> jax.Array:
+    """Returns i32[4, B, T], a side as one array, which costs one message."""
+    slots_BT = jnp.broadcast_to(side.slots[None, :], side.positions.shape)
+    return jnp.stack([side.segment_ids, side.positions, side.bidirectional.astype(jnp.int32), slots_BT])
+
+
+def _unpack(packed: jax.Array) -> Side:
+    return Side(packed[0], packed[1], packed[2] != 0, packed[3, 0])
+
+
+ContextParallel = Ring | AllToAll | Gather
+
+
+def attend(
+    way: ContextParallel,
+    kernel: Kernel,
+    arrays: Arrays,
+    layout: Layout,
+    scoring: Scoring,
+) -> jax.Array:
+    """Computes attention wherever its arrays live: [B, T, N, H of values] in the dtype of the queries.
+
+    Args:
+      way: what to do where the mesh divides the sequence.
+      kernel: what computes it on one device.
+      arrays: queries [B, T, N, H], keys [B, S, K, H] and values [B, S, K, H of values].
+      layout: who may read whom.
+      scoring: how scores are made.
+    """
+    if num_shards("length") == 1:
+        return kernel.attend(*arrays, layout, scoring)
+    return way.attend(kernel, arrays, layout, scoring)
