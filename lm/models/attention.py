@@ -204,8 +204,9 @@ class Partial(NamedTuple):
     def start(cls, q_BTKGH: jax.Array, width: int, scoring: Scoring) -> "Partial":
         """Returns the softmax over the sinks alone, for values of `width` channels."""
         batch, length, kv_heads, groups, _ = q_BTKGH.shape
-        best_BKGT = jnp.broadcast_to(scoring.sinks_as(q_BTKGH), (batch, kv_heads, groups, length))
-        total_BKGT = jnp.where(best_BKGT > MASKED, 1.0, 0.0)
+        sinks_BKGT = jnp.broadcast_to(scoring.sinks_as(q_BTKGH), (batch, kv_heads, groups, length))
+        best_BKGT = jax.lax.stop_gradient(sinks_BKGT)
+        total_BKGT = jnp.where(sinks_BKGT > MASKED, jnp.exp(sinks_BKGT - best_BKGT), 0.0)
         out_BKGTH = jnp.zeros((batch, kv_heads, groups, length, width), jnp.float32)
         return cls(*(vary_like(x, q_BTKGH) for x in (best_BKGT, total_BKGT, out_BKGTH)))
 
@@ -214,7 +215,9 @@ class Partial(NamedTuple):
     ) -> "Partial":
         """Returns the softmax over the keys read so far and these."""
         scores_BKGTS, allowed = scoring.scores(q_BTKGH, k_BSKH, layout)
-        best_BKGT = jnp.maximum(self.best_BKGT, scores_BKGTS.max(axis=-1))
+        # Any number does for the largest: it cancels. Its own gradient would compare scores that the backward pass
+        # computes again, perhaps rounded differently, with their maximum, and divide by zero where none is equal.
+        best_BKGT = jnp.maximum(self.best_BKGT, jax.lax.stop_gradient(scores_BKGTS).max(axis=-1))
         shrink_BKGT = jnp.exp(self.best_BKGT - best_BKGT)
         weights_BKGTS = jnp.where(allowed, jnp.exp(scores_BKGTS - best_BKGT[..., None]), 0.0)
         total_BKGT = self.total_BKGT * shrink_BKGT + weights_BKGTS.sum(axis=-1)

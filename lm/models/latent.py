@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.attention import Chunked, Layout, Plain, Scoring
-from lm.models.context_parallel import AllToAll, Gather, Ring, attend
+from lm.models.context_parallel import AllToAll, Gather, Heads, Ring, attend
 from lm.models.layers import Einsum, Norm, fold
 from lm.models.multihead import Cache, Context
 from lm.models.positions import Alibi, Bucketed, Relative
@@ -69,6 +69,18 @@ class Latent:
     def flops(self, config: "Transformer", num_keys: float) -> float:
         """Returns operations for one query's scores and reading, forward only, without projections and not absorbed."""
         return 2.0 * config.num_heads * (self.nope_dim + self.rotary_dim + self.value_dim) * num_keys
+
+    def context_problems(self, config: "Transformer", lengths: dict[str, int], shards: int, tensor: int) -> list[str]:
+        """Returns one sentence for each reason why a mesh cannot divide the sequence.
+
+        Args:
+          config: the model's settings.
+          lengths: of sequences, by the name of the field of `config.data`.
+          shards: devices along `context`, more than one.
+          tensor: devices along `tensor`, which divide the heads.
+        """
+        heads = Heads(config.num_heads // tensor, config.num_heads // tensor)
+        return self.context_parallel.problems(self.kernel, self.dropout_rate, heads, lengths, shards)
 
     def problems(self, config: "Transformer") -> list[str]:
         """Returns one sentence for each reason why these settings cannot work."""

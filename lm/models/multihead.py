@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.attention import Bias, Chunked, Layout, Plain, RelativeVectors, Scoring, Side
-from lm.models.context_parallel import AllToAll, Gather, Ring, attend
+from lm.models.context_parallel import AllToAll, Gather, Heads, Ring, attend
 from lm.models.initializers import Constant
 from lm.models.layers import Einsum, Norm, declare, fold
 from lm.parallel import constrain
@@ -91,6 +91,18 @@ class MultiHead:
     def flops(self, config: "Transformer", num_keys: float) -> float:
         """Returns floating point operations for one query's scores and reading, forward only, without projections."""
         return 4.0 * config.sizes["N"] * config.sizes["H"] * num_keys
+
+    def context_problems(self, config: "Transformer", lengths: dict[str, int], shards: int, tensor: int) -> list[str]:
+        """Returns one sentence for each reason why a mesh cannot divide the sequence.
+
+        Args:
+          config: the model's settings.
+          lengths: of sequences, by the name of the field of `config.data`.
+          shards: devices along `context`, more than one.
+          tensor: devices along `tensor`, which divide the heads.
+        """
+        heads = Heads(config.sizes["N"] // tensor, max(config.sizes["K"] // tensor, 1))
+        return self.context_parallel.problems(self.kernel, self.dropout_rate, heads, lengths, shards)
 
     def problems(self, config: "Transformer") -> list[str]:
         """Returns one sentence for each reason why these settings cannot work."""

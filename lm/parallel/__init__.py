@@ -5,6 +5,7 @@ from lm.parallel.axes import LOGICAL_AXES as LOGICAL_AXES
 from lm.parallel.axes import Rules as Rules
 from lm.parallel.axes import constrain as constrain
 from lm.parallel.axes import current as current
+from lm.parallel.axes import num_shards as num_shards
 from lm.parallel.axes import shapes_only as shapes_only
 from lm.parallel.axes import spec as spec
 from lm.parallel.axes import use as use
@@ -15,7 +16,6 @@ from lm.parallel.shards import activation_spec as activation_spec
 from lm.parallel.shards import by_shards as by_shards
 from lm.parallel.shards import deal as deal
 from lm.parallel.shards import gather_length as gather_length
-from lm.parallel.shards import num_shards as num_shards
 from lm.parallel.shards import shift as shift
 from lm.parallel.shards import to_heads as to_heads
 from lm.parallel.shards import to_length as to_length

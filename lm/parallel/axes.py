@@ -6,6 +6,7 @@ error; nothing is ever replicated silently because of a typo.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -130,6 +131,18 @@ def current() -> tuple[Mesh, Rules]:
     if scope is None:
         raise RuntimeError("no mesh in force: call the model inside `with lm.parallel.use(mesh, rules):`")
     return scope.mesh, scope.rules
+
+
+def num_shards(name: str) -> int:
+    """Returns over how many devices an axis of activations is divided; one where shapes alone are wanted.
+
+    Raises:
+      RuntimeError: no mesh in force.
+    """
+    if _SCOPES and _SCOPES[-1] is None:
+        return 1
+    mesh, rules = current()
+    return math.prod(mesh.shape[axis] for axis in rules.activations.get(name, ()))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

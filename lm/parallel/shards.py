@@ -6,7 +6,6 @@ Laws: `undeal(deal(x)) == x`, `to_length(to_heads(x)) == x`, `n` times `shift` i
 what all devices share are summed over them.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,17 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm.parallel.axes import current, spec
+from lm.parallel.axes import current, num_shards, spec
 
 CONTEXT = "context"
 
 Tree = TypeVar("Tree")
-
-
-def num_shards(logical_axis: str) -> int:
-    """Returns over how many devices an axis of activations is divided."""
-    mesh, rules = current()
-    return math.prod(mesh.shape[axis] for axis in rules.activations.get(logical_axis, ()))
 
 
 def _varying(x: jax.Array) -> frozenset[str]:

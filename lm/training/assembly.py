@@ -130,6 +130,7 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     rules = parallel.DEFAULT_RULES
+    check_lengths(experiment, mesh)
     model = experiment.model.build()
     with parallel.shapes_only():
         params = jax.eval_shape(model.init, jax.random.key(0))
@@ -167,6 +168,22 @@ def check_shards(params: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) ->
     jax.tree_util.tree_map_with_path(check, params, axes)
     if found:
         raise ConfigError("\n".join(found.values()))
+
+
+def check_lengths(experiment: Experiment, mesh: Mesh) -> None:
+    """Checks that the devices along `context` can divide the sequences and attention.
+
+    Raises:
+      ConfigError: they cannot; one line for each reason.
+    """
+    shards = mesh.shape["context"]
+    if shards == 1:
+        return
+    lengths = {"sequence_length": experiment.data.sequence_length, "encoder_length": experiment.data.encoder_length}
+    given = {name: length for name, length in lengths.items() if length is not None}
+    found = experiment.model.attention.context_problems(experiment.model, given, shards, mesh.shape["tensor"])
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -8,12 +8,14 @@ from jax.sharding import PartitionSpec as P
 
 from lm import parallel
 
+LENGTH = P(None, "context")
 
-def on_ring(size, function, x, out_spec=P(None, "context")):
+
+def on_ring(size, function, x, out_spec=LENGTH):
     """Runs a function of shards of the second axis on a ring of `size` devices."""
     mesh = parallel.build_mesh(parallel.MeshConfig(data=1, context=size), jax.devices()[:size])
     with parallel.use(mesh, parallel.DEFAULT_RULES):
-        return jax.jit(parallel.by_shards(function, (P(None, "context"),), out_spec))(x)
+        return jax.jit(parallel.by_shards(function, (LENGTH,), out_spec))(x)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
