@@ -9,6 +9,10 @@ from lm.parallel.axes import num_shards as num_shards
 from lm.parallel.axes import shapes_only as shapes_only
 from lm.parallel.axes import spec as spec
 from lm.parallel.axes import use as use
+from lm.parallel.collectives import Collective as Collective
+from lm.parallel.collectives import Traffic as Traffic
+from lm.parallel.collectives import count_collectives as count_collectives
+from lm.parallel.collectives import list_collectives as list_collectives
 from lm.parallel.mesh import MESH_AXES as MESH_AXES
 from lm.parallel.mesh import MeshConfig as MeshConfig
 from lm.parallel.mesh import build_mesh as build_mesh
