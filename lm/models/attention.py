@@ -174,6 +174,30 @@ class Scoring:
         return jnp.full(shape, MASKED) if self.sinks_N is None else self.sinks_N.astype(jnp.float32).reshape(shape)
 
 
+class Features(NamedTuple):
+    """What a kernel is asked to compute besides masked attention, to see whether it can.
+
+    Attributes:
+      dropout_rate: probability that a weight is dropped.
+      soft_cap: whether products are bounded.
+      sinks: whether a score reads nothing.
+      biased: whether positions enter the scores.
+      window: whether far keys are hidden.
+      dtype: of the arrays.
+      key_width: channels of a head's queries and keys.
+      value_width: channels of a head's values.
+    """
+
+    dropout_rate: float
+    soft_cap: bool
+    sinks: bool
+    biased: bool
+    window: bool
+    dtype: str
+    key_width: int
+    value_width: int
+
+
 def group(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:
     """Returns [B, T, K, G, H], the heads by the key head that they read."""
     batch, length, heads, width = q_BTNH.shape
@@ -234,8 +258,12 @@ class Partial(NamedTuple):
 class Plain:
     """All scores at once; memory grows with T times S."""
 
-    # Whether the kernel cannot let positions see ahead.
+    # Whether the kernel cannot let positions see ahead; whether it can let some of them, by their flags.
     causal_only: ClassVar[bool] = False
+    reads_flags: ClassVar[bool] = True
+    # Whether the compiler cannot divide it between devices; the one platform that has it, None if all do.
+    opaque: ClassVar[bool] = False
+    platform: ClassVar[str | None] = None
 
     def attend(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
@@ -266,9 +294,18 @@ class Plain:
         """Adds keys to a softmax, all at once; without dropout."""
         return partial.add(q_BTKGH, k_BSKH, v_BSKH, layout, scoring)
 
-    def problems(self, dropout_rate: float) -> list[str]:
+    def portable(self) -> "Plain":
+        """Returns the kernel itself, which reads caches and blocks of a ring as well."""
+        return self
+
+    def resolve(self, platform: str, features: Features, num_pairs: int) -> "Plain":
+        """Returns the kernel itself."""
+        del platform, features, num_pairs
+        return self
+
+    def problems(self, features: Features) -> list[str]:
         """Returns no problem: this kernel computes everything."""
-        del dropout_rate
+        del features
         return []
 
 
@@ -283,6 +320,9 @@ class Chunked:
     """
 
     causal_only: ClassVar[bool] = False
+    reads_flags: ClassVar[bool] = True
+    opaque: ClassVar[bool] = False
+    platform: ClassVar[str | None] = None
     chunk: int = 512
 
     def attend(
@@ -326,12 +366,21 @@ class Chunked:
         side = Side(*(cut(x, x.ndim - 1) for x in keys))
         return cut(k_BSKH, 1), cut(v_BSKH, 1), side
 
-    def problems(self, dropout_rate: float) -> list[str]:
+    def portable(self) -> "Chunked":
+        """Returns the kernel itself, which reads caches and blocks of a ring as well."""
+        return self
+
+    def resolve(self, platform: str, features: Features, num_pairs: int) -> "Chunked":
+        """Returns the kernel itself."""
+        del platform, features, num_pairs
+        return self
+
+    def problems(self, features: Features) -> list[str]:
         """Says so if weights would have to be dropped, which this kernel does not do."""
         problems = []
         if self.chunk < 1:
             problems.append(f"config.model.attention.kernel.chunk: {self.chunk} is not a positive number of keys")
-        if dropout_rate:
+        if features.dropout_rate:
             problems.append(
                 "config.model.attention.dropout_rate: the chunked kernel drops no attention weights; set it to 0 or use"
                 " the plain kernel"

@@ -15,10 +15,21 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm.models.attention import Chunked, Layout, Partial, Plain, Scoring, Side, group
-from lm.parallel import activation_spec, by_shards, deal, gather_length, num_shards, shift, to_heads, to_length, undeal
-
-Kernel = Plain | Chunked
+from lm.models.attention import Chunked, Features, Layout, Partial, Plain, Scoring, Side, group
+from lm.models.kernels import Kernel, platform_problems
+from lm.parallel import (
+    activation_spec,
+    by_shards,
+    current,
+    deal,
+    gather_length,
+    is_placed,
+    num_shards,
+    shift,
+    to_heads,
+    to_length,
+    undeal,
+)
 
 
 class Heads(NamedTuple):
@@ -36,8 +47,18 @@ class Heads(NamedTuple):
 Arrays = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _by_shards(function: Callable[..., jax.Array], arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
-    """Runs attention on each device's shards; heads are divided if those of keys can be."""
+def _by_shards(
+    function: Callable[..., jax.Array], arrays: Arrays, layout: Layout, scoring: Scoring, opaque: bool = False
+) -> jax.Array:
+    """Runs attention on each device's shards; heads are divided if those of keys can be.
+
+    Args:
+      function: maps shards of the other arguments to a shard of the result.
+      arrays: queries, keys and values.
+      layout: who may read whom.
+      scoring: how scores are made.
+      opaque: whether it runs a kernel that jax does not see into.
+    """
     if scoring.dropout_rate and scoring.key is not None:
         raise ValueError("\n".join(_dropout_problems(scoring.dropout_rate, "attention over a divided sequence")))
     scoring = dataclasses.replace(scoring, key=None)
@@ -60,7 +81,7 @@ def _by_shards(function: Callable[..., jax.Array], arrays: Arrays, layout: Layou
         dataclasses.replace(layout, queries=side(layout.queries), keys=side(layout.keys)),
         dataclasses.replace(scoring, bias=bias, sinks_N=sinks, relative=relative),
     )
-    return by_shards(function, specs, array)(arrays, layout, scoring)
+    return by_shards(function, specs, array, checked=not opaque)(arrays, layout, scoring)
 
 
 def _uneven(lengths: dict[str, int], pieces: int, reason: str) -> list[str]:
@@ -97,9 +118,15 @@ class Gather:
     def problems(
         self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
     ) -> list[str]:
-        """Returns one sentence for each length that the devices do not divide."""
-        del kernel, dropout_rate, heads
-        return _uneven(lengths, shards, f"one for each device of mesh.context {shards}")
+        """Returns one sentence for each length that the devices do not divide, and for a kernel that cannot be."""
+        del dropout_rate, heads
+        problems = []
+        if kernel.opaque:
+            problems.append(
+                f"config.model.attention.kernel {type(kernel).__name__} is not divided by the compiler: set"
+                " context_parallel to AllToAll, or the kernel to Chunked or Plain"
+            )
+        return problems + _uneven(lengths, shards, f"one for each device of mesh.context {shards}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +145,9 @@ class Ring:
 
     def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
         """Returns [B, T, N, H of values]; the kernel says how the keys of one device are read."""
-        return _by_shards(functools.partial(self._attend, kernel), arrays, layout, scoring)
+        return _by_shards(functools.partial(self._attend, kernel.portable()), arrays, layout, scoring)
 
-    def _attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+    def _attend(self, kernel: Plain | Chunked, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
         """Returns one device's part of the result."""
         q_BTNH, k_BSKH, v_BSKH = arrays
         kv_BSKH = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
@@ -147,7 +174,7 @@ class Ring:
 
     def _read(
         self,
-        kernel: Kernel,
+        kernel: Plain | Chunked,
         asked: list[tuple[jax.Array, jax.Array]],
         width: int,
         layout: Layout,
@@ -179,11 +206,17 @@ class Ring:
     def problems(
         self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
     ) -> list[str]:
-        """Returns one sentence for each length that cannot be dealt, and for attention dropout."""
-        del kernel, heads
+        """Returns one sentence for each length that cannot be dealt, for attention dropout and for a foreign kernel."""
+        del heads
+        problems = _dropout_problems(dropout_rate, "the ring")
+        if kernel.opaque:
+            problems.append(
+                f"config.model.attention.kernel {type(kernel).__name__} cannot add to a softmax, as a ring needs: set"
+                " context_parallel to AllToAll, or the kernel to Chunked or Plain"
+            )
         pieces = 2 * shards if self.zigzag else shards
         reason = f"{pieces // shards} for each device of mesh.context {shards}"
-        return _dropout_problems(dropout_rate, "the ring") + _uneven(lengths, pieces, reason)
+        return problems + _uneven(lengths, pieces, reason)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +231,7 @@ class AllToAll:
 
     def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
         """Returns [B, T, N, H of values]; the kernel reads whole sequences."""
-        return _by_shards(functools.partial(self._attend, kernel), arrays, layout, scoring)
+        return _by_shards(functools.partial(self._attend, kernel), arrays, layout, scoring, kernel.opaque)
 
     def _attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
         """Returns one device's part of the result."""
@@ -271,6 +304,30 @@ def attend(
       layout: who may read whom.
       scoring: how scores are made.
     """
-    if num_shards("length") == 1:
+    if is_placed():
+        platform = current()[0].devices.flat[0].platform
+        features = _features(arrays, layout, scoring)
+        kernel = kernel.resolve(platform, features, arrays[0].shape[1] * arrays[1].shape[1])
+        problems = platform_problems(kernel, platform)
+        if problems:
+            raise ValueError("\n".join(problems))
+        if num_shards("length") > 1:
+            return way.attend(kernel, arrays, layout, scoring)
+        if kernel.opaque and current()[0].size > 1:
+            return _by_shards(lambda arrays, *how: kernel.attend(*arrays, *how), arrays, layout, scoring, opaque=True)
         return kernel.attend(*arrays, layout, scoring)
-    return way.attend(kernel, arrays, layout, scoring)
+    # For shapes alone, any kernel does.
+    return kernel.portable().attend(*arrays, layout, scoring)
+
+
+def _features(arrays: Arrays, layout: Layout, scoring: Scoring) -> Features:
+    return Features(
+        dropout_rate=0.0 if scoring.key is None else scoring.dropout_rate,
+        soft_cap=scoring.soft_cap is not None,
+        sinks=scoring.sinks_N is not None,
+        biased=scoring.bias is not None or scoring.relative is not None,
+        window=layout.window is not None,
+        dtype=str(arrays[0].dtype),
+        key_width=arrays[0].shape[-1],
+        value_width=arrays[2].shape[-1],
+    )

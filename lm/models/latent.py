@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.attention import Chunked, Layout, Plain, Scoring
+from lm.models.attention import Chunked, Features, Layout, Plain, Scoring
 from lm.models.context_parallel import AllToAll, Gather, Heads, Ring, attend
+from lm.models.kernels import Auto, Cudnn, Splash
 from lm.models.layers import Einsum, Norm, fold
 from lm.models.multihead import Cache, Context
 from lm.models.positions import Alibi, Bucketed, Relative
@@ -45,7 +46,7 @@ class Latent:
     value_dim: int = 128
     scale: float | None = None
     dropout_rate: float = 0.0
-    kernel: Plain | Chunked = Plain()
+    kernel: Plain | Chunked | Cudnn | Splash | Auto = Plain()
     context_parallel: Ring | AllToAll | Gather = Ring()
 
     def build(
@@ -84,7 +85,17 @@ class Latent:
 
     def problems(self, config: "Transformer") -> list[str]:
         """Returns one sentence for each reason why these settings cannot work."""
-        problems = self.kernel.problems(self.dropout_rate)
+        features = Features(
+            dropout_rate=self.dropout_rate,
+            soft_cap=False,
+            sinks=False,
+            biased=False,
+            window=any(layer.window is not None for layer in (*config.first_layers, *config.layers)),
+            dtype=config.dtype,
+            key_width=self.nope_dim + self.rotary_dim,
+            value_width=self.value_dim,
+        )
+        problems = self.kernel.problems(features)
         problems += [
             f"config.model.attention.{name}: {getattr(self, name)} is not a positive number"
             for name in ("kv_rank", "nope_dim", "rotary_dim", "value_dim")
@@ -139,7 +150,7 @@ class LatentAttention(nn.Module):
             absorbed_BTNR = key_up(nope_BTNH, "BTNH,RNH->BTNR")
             q_BTNR = jnp.concatenate([absorbed_BTNR, rotated_BTNH], axis=-1)
             k_BSKR = jnp.concatenate([latent_BSR, key_BSH], axis=-1)[:, :, None, :]
-            read_BTNR = settings.kernel.attend(q_BTNR, k_BSKR, latent_BSR[:, :, None, :], layout, scoring)
+            read_BTNR = settings.kernel.portable().attend(q_BTNR, k_BSKR, latent_BSR[:, :, None, :], layout, scoring)
             out_BTNH = value_up(read_BTNR, "BTNR,RNH->BTNH")
         out_BTNH = constrain(out_BTNH, "batch", "length", "activation_heads", None)
         output = Einsum("BTNH,NHD->BTD", config, residual=True, sizes=value_sizes, scale=self.gain, name="out")

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.attention import Bias, Chunked, Layout, Plain, RelativeVectors, Scoring, Side
+from lm.models.attention import Bias, Chunked, Features, Layout, Plain, RelativeVectors, Scoring, Side
 from lm.models.context_parallel import AllToAll, Gather, Heads, Ring, attend
 from lm.models.initializers import Constant
+from lm.models.kernels import Auto, Cudnn, Splash
 from lm.models.layers import Einsum, Norm, declare, fold
 from lm.parallel import constrain
 
@@ -70,7 +71,7 @@ class MultiHead:
     logit_softcap: float | None = None
     sinks: bool = False
     dropout_rate: float = 0.0
-    kernel: Plain | Chunked = Plain()
+    kernel: Plain | Chunked | Cudnn | Splash | Auto = Plain()
     context_parallel: Ring | AllToAll | Gather = Ring()
 
     def build(
@@ -106,7 +107,18 @@ class MultiHead:
 
     def problems(self, config: "Transformer") -> list[str]:
         """Returns one sentence for each reason why these settings cannot work."""
-        problems = self.kernel.problems(self.dropout_rate)
+        layers = (*config.first_layers, *config.layers)
+        features = Features(
+            dropout_rate=self.dropout_rate,
+            soft_cap=self.logit_softcap is not None,
+            sinks=self.sinks,
+            biased=any((layer.positions or config.positions).biases_scores for layer in layers),
+            window=any(layer.window is not None for layer in layers),
+            dtype=config.dtype,
+            key_width=config.sizes["H"],
+            value_width=config.sizes["H"],
+        )
+        problems = self.kernel.problems(features)
         if config.num_heads % config.sizes["K"]:
             problems.append(
                 f"config.model.num_kv_heads: {config.sizes['K']} does not divide num_heads {config.num_heads}"
@@ -169,7 +181,7 @@ class MultiHeadAttention(nn.Module):
         if cache is None:
             out_BTNH = attend(settings.context_parallel, settings.kernel, (q_BTNH, k_BSKH, v_BSKH), layout, scoring)
         else:
-            out_BTNH = settings.kernel.attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
+            out_BTNH = settings.kernel.portable().attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
         out_BTNH = constrain(out_BTNH, "batch", "length", "activation_heads", None)
         output = Einsum("BTNH,NHD->BTD", config, settings.use_output_bias, residual=True, scale=self.gain, name="out")
         return output(out_BTNH), cache

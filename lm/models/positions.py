@@ -26,6 +26,8 @@ class Positions:
 
     # Whether positions that see each other both ways can tell their order; a causal mask tells it by itself.
     tells_order: ClassVar[bool] = True
+    # Whether scores depend on positions other than through rotated queries and keys.
+    biases_scores: ClassVar[bool] = False
 
     def table(self, config: "Transformer", name: str) -> Table | None:
         """Returns the table of learned positions that is added to the embeddings; called in a compact method."""
@@ -191,6 +193,7 @@ class Bucketed(Positions):
       max_distance: distances from here on share the last bucket.
     """
 
+    biases_scores: ClassVar[bool] = True
     num_buckets: int = 32
     max_distance: int = 128
 
@@ -239,6 +242,8 @@ class Bucketed(Positions):
 class Alibi(Positions):
     """A fixed penalty proportional to the distance, with another slope for each head (Press et al. 2022)."""
 
+    biases_scores: ClassVar[bool] = True
+
     def slopes(self, num_heads: int) -> np.ndarray:
         """Returns f64[N]: powers of 2^(-8/n) for the next lower power of two n, then every second one of 2n."""
         power = 2 ** int(math.log2(num_heads))
@@ -266,6 +271,7 @@ class Relative(Positions):
       max_distance: distances beyond this, to either side, share a vector.
     """
 
+    biases_scores: ClassVar[bool] = True
     max_distance: int = 16
 
     def relative_tables(self, config: "Transformer") -> tuple[Table, Table] | None:

@@ -5,6 +5,7 @@ from lm.parallel.axes import LOGICAL_AXES as LOGICAL_AXES
 from lm.parallel.axes import Rules as Rules
 from lm.parallel.axes import constrain as constrain
 from lm.parallel.axes import current as current
+from lm.parallel.axes import is_placed as is_placed
 from lm.parallel.axes import num_shards as num_shards
 from lm.parallel.axes import shapes_only as shapes_only
 from lm.parallel.axes import spec as spec

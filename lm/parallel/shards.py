@@ -42,7 +42,9 @@ def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
     return spec(tuple(divided), rules.activations)
 
 
-def by_shards(function: Callable[..., jax.Array], in_specs: Any, out_specs: PartitionSpec) -> Callable[..., jax.Array]:
+def by_shards(
+    function: Callable[..., jax.Array], in_specs: Any, out_specs: PartitionSpec, checked: bool = True
+) -> Callable[..., jax.Array]:
     """Returns a function of whole arrays that runs `function` on each device's shards.
 
     Every mesh axis is in the hands of `function` (but those that an enclosing one already has), so that it may
@@ -53,6 +55,7 @@ def by_shards(function: Callable[..., jax.Array], in_specs: Any, out_specs: Part
       function: of shards to a shard.
       in_specs: for each argument, a tree of PartitionSpecs like it.
       out_specs: of the result.
+      checked: whether jax follows which values differ between devices; not through a kernel that it does not see into.
     """
     mesh, _ = current()
     taken = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
@@ -65,10 +68,11 @@ def by_shards(function: Callable[..., jax.Array], in_specs: Any, out_specs: Part
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return jax.shard_map(
-        lambda *shards: function(*jax.tree.map(vary, shards)),
+        lambda *shards: function(*jax.tree.map(vary, shards)) if checked else function(*shards),
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=frozenset(mesh.axis_names) - taken,
+        check_vma=checked,
     )
 
 
