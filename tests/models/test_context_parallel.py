@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from lm import parallel
-from lm.models import AllToAll, Chunked, Gather, Plain, Relative, Ring
+from lm.models import AllToAll, Chunked, Decoder, Gather, Plain, Relative, Ring
 from lm.models.attention import Layout, RelativeVectors, Scoring
 from lm.models.context_parallel import Heads, attend
+from lm.parallel import DEFAULT_RULES
 from tests.models.test_attention import SCORINGS, make_side
 
 RNG = np.random.default_rng(0)
@@ -55,7 +56,7 @@ def run(mesh, way, kernel, arrays, layout, scoring):
         out = attend(way, kernel, arrays, layout, scoring)
         return jnp.mean(jnp.sin(out) * jnp.arange(1.0, 9.0)[None, None, None]), out
 
-    with parallel.use(mesh, parallel.DEFAULT_RULES):
+    with parallel.use(mesh, DEFAULT_RULES):
         return jax.device_get(jax.jit(jax.value_and_grad(mean, argnums=(0, 1), has_aux=True))(arrays, scoring, layout))
 
 
@@ -102,5 +103,22 @@ def test_dropped_attention_weights_are_refused_where_they_would_be_wrong():
     arrays, side = make_arrays()
     scoring = dataclasses.replace(SCORINGS["plain"], dropout_rate=0.5, key=jax.random.key(0))
     mesh = parallel.build_mesh(BY_TWO)
-    with parallel.use(mesh, parallel.DEFAULT_RULES), pytest.raises(ValueError, match=r"dropout_rate 0.5.*Gather"):
+    with parallel.use(mesh, DEFAULT_RULES), pytest.raises(ValueError, match=r"dropout_rate 0.5.*Gather"):
         attend(Ring(), Plain(), arrays, Layout(side, side, True), scoring)
+
+
+def test_a_cache_is_read_under_a_divided_sequence(make_batch):
+    """A prompt of odd length and one more token, on a mesh of two by two, as without cache on one device."""
+    config = Decoder(vocab_size=50, num_layers=1, model_dim=16, num_heads=4, num_kv_heads=2, mlp_dim=24, max_length=16)
+    model = config.build()
+    params, batch = jax.device_get((model.init(jax.random.key(0)), make_batch([[6], [6]])))
+    expected = jax.device_get(model.apply(params, batch).logits)
+
+    def decode(params, batch):
+        first, last = (jax.tree.map(lambda x, part=part: x[:, part], batch) for part in (slice(5), slice(5, 6)))
+        prompt = model.apply(params, first, cache=model.init_cache(params, 2, 8))
+        return prompt.logits, model.apply(params, last, cache=prompt.cache).logits
+
+    with parallel.use(parallel.build_mesh(parallel.MeshConfig(data=2, context=2), jax.devices()[:4]), DEFAULT_RULES):
+        prompt, last = jax.device_get(jax.jit(decode)(params, batch))
+    np.testing.assert_allclose(np.concatenate([prompt, last], axis=1), expected, atol=2e-5)

@@ -54,3 +54,16 @@ def test_an_axis_that_its_devices_do_not_divide_is_kept_whole():
     with parallel.use(mesh, parallel.DEFAULT_RULES):
         found = parallel.activation_spec((4, 6, 3, 8), "batch", "length", "activation_heads", None)
     assert found == P(("data", "fsdp", "expert"), ("context",), None, None)
+
+
+def test_it_works_inside_a_stage():
+    """Within code that already has the `stage` axis in its hands, as a pipeline has."""
+    mesh = parallel.build_mesh(parallel.MeshConfig(data=1, context=2, stage=2), jax.devices()[:4])
+
+    def stage(x):
+        return parallel.by_shards(parallel.shift, (LENGTH,), LENGTH)(x) * (1 + jax.lax.axis_index("stage"))
+
+    x = jnp.arange(8).reshape(2, 4)
+    with parallel.use(mesh, parallel.DEFAULT_RULES):
+        run = jax.shard_map(stage, in_specs=P("stage"), out_specs=P("stage"), axis_names={"stage"})
+        np.testing.assert_array_equal(jax.jit(run)(x), [[2, 3, 0, 1], [12, 14, 8, 10]])
