@@ -67,9 +67,10 @@ def _by_shards(
     heads = activation_spec(k_BSKH.shape, None, None, "activation_heads", None)[2]
     batch, length = q[0], q[1]
 
-    def side(side: Side) -> Side:
-        rows = PartitionSpec(batch, length)
-        return Side(rows, rows, rows, PartitionSpec(length))
+    # A tree of specs has the classes of the tree of arrays.
+    rows: Any = PartitionSpec(batch, length)
+    slots: Any = PartitionSpec(length)
+    side = Side(rows, rows, rows, slots)
 
     # A column, or an element, of each head; what heads share is whole.
     bias = None if scoring.bias is None else dataclasses.replace(scoring.bias, table_UN=PartitionSpec(None, heads))
@@ -78,7 +79,7 @@ def _by_shards(
     array = PartitionSpec(batch, length, heads, None)
     specs = (
         (array, array, array),
-        dataclasses.replace(layout, queries=side(layout.queries), keys=side(layout.keys)),
+        dataclasses.replace(layout, queries=side, keys=side),
         dataclasses.replace(scoring, bias=bias, sinks_N=sinks, relative=relative),
     )
     return by_shards(function, specs, array, checked=not opaque)(arrays, layout, scoring)
@@ -113,6 +114,8 @@ class Gather:
 
     def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
         """Returns [B, T, N, H of values], as the kernel does."""
+        # What `Auto` chose may be a kernel that the compiler does not divide.
+        kernel = kernel.portable() if kernel.opaque else kernel
         return kernel.attend(*arrays, layout, scoring)
 
     def problems(

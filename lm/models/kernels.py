@@ -7,7 +7,7 @@ or says in `problems` what it cannot do; what is chosen depends on platform, fea
 import dataclasses
 import functools
 import math
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ class Cudnn:
     reads_flags: ClassVar[bool] = False
     opaque: ClassVar[bool] = True
     platform: ClassVar[str | None] = "gpu"
-    implementation: ClassVar[str] = "cudnn"
+    # A test has another.
+    implementation: ClassVar[Literal["cudnn", "xla"]] = "cudnn"
 
     def attend(
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
@@ -73,7 +74,7 @@ class Cudnn:
             mask=filled.allowed()[:, None, :, :],
             scale=scoring.scale,
             is_causal=layout.causal,
-            implementation=self.implementation,  # pyright: ignore[reportArgumentType] a test has another
+            implementation=self.implementation,
         )
         return jnp.where(_can_read(layout)[:, :, None, None], out_BTNH[:, :length], 0).astype(q_BTNH.dtype)
 
@@ -145,7 +146,7 @@ class Splash:
         queries, keys = q_BNTH.shape[2], k_BKSH.shape[2]
         mask = splash.CausalMask((queries, keys)) if layout.causal else splash.FullMask((queries, keys))
         q, kv = math.gcd(queries, self.block), math.gcd(keys, self.block)
-        kernel = splash.make_splash_mha(
+        kernel: Any = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * q_BNTH.shape[1]),
             block_sizes=splash.BlockSizes(
                 block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv

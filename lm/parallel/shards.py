@@ -62,7 +62,7 @@ def by_shards(
     named = {axis for entry in out_specs for axis in ((entry,) if isinstance(entry, str) else entry or ())}
 
     def vary(x: jax.Array) -> jax.Array:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
         missing = tuple(sorted((named - taken) - _varying(x)))
         return jax.lax.pcast(x, missing, to="varying") if missing else x

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ FEATURES = Features(0.0, False, False, False, False, "bfloat16", 64, 64)
 class ByXla(Cudnn):
     """The same call, computed by XLA instead of cuDNN."""
 
-    implementation: ClassVar[str] = "xla"
+    implementation: ClassVar[Literal["cudnn", "xla"]] = "xla"
 
 
 def cases(kernel):
