@@ -243,9 +243,10 @@ class Experiment:
             return []
         ahead = f"{objective} lets positions see ahead" if self.model.layout == "decoder" else f"{model} sees both ways"
         found = []
-        if self.model.attention.kernel.causal_only:
-            kernel = type(self.model.attention.kernel).__name__
-            found.append(f"{ahead}, which model.attention.kernel {kernel} cannot: use the kernel Plain")
+        kernel = self.model.attention.kernel
+        if kernel.causal_only or (self.model.layout == "decoder" and not kernel.reads_flags):
+            name = type(kernel).__name__
+            found.append(f"{ahead}, which model.attention.kernel {name} cannot: use the kernel Plain")
         if not self.model.tells_order:
             found.append(
                 f"{ahead}, and model.positions {type(self.model.positions).__name__} tells no order but by a causal "

@@ -19,6 +19,7 @@ from lm.models import (
     NoPositions,
     NormalInitializer,
     Plain,
+    Ring,
     Rotary,
 )
 from lm.models.transformer import Transformer
@@ -31,6 +32,7 @@ _RUNNING: dict[str, Any] = {
     "initializer": NormalInitializer(),
     "dropout_rate": 0.0,
     "kernel": Plain(),
+    "context_parallel": Ring(),
     "dispatch": Dropless(),
     "load_balance": 0.0,
     "balance_rows": False,

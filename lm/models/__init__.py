@@ -2,6 +2,9 @@
 
 from lm.models.attention import Chunked as Chunked
 from lm.models.attention import Plain as Plain
+from lm.models.context_parallel import AllToAll as AllToAll
+from lm.models.context_parallel import Gather as Gather
+from lm.models.context_parallel import Ring as Ring
 from lm.models.decoder import Decoder as Decoder
 from lm.models.dispatch import Capacity as Capacity
 from lm.models.dispatch import Dense as Dense
@@ -12,6 +15,9 @@ from lm.models.encoder import Encoder as Encoder
 from lm.models.heads import HeadTransform as HeadTransform
 from lm.models.initializers import FanInInitializer as FanInInitializer
 from lm.models.initializers import NormalInitializer as NormalInitializer
+from lm.models.kernels import Auto as Auto
+from lm.models.kernels import Cudnn as Cudnn
+from lm.models.kernels import Splash as Splash
 from lm.models.latent import Latent as Latent
 from lm.models.layers import LayerNorm as LayerNorm
 from lm.models.layers import Parameter as Parameter

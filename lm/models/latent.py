@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.attention import Chunked, Layout, Plain, Scoring
+from lm.models.attention import Chunked, Features, Layout, Plain, Scoring
+from lm.models.context_parallel import AllToAll, Gather, Heads, Ring, attend
+from lm.models.kernels import Auto, Cudnn, Splash
 from lm.models.layers import Einsum, Norm, fold
 from lm.models.multihead import Cache, Context
 from lm.models.positions import Alibi, Bucketed, Relative
@@ -34,6 +36,7 @@ class Latent:
       scale: factor on the products; None means 1 / sqrt(nope_dim + rotary_dim).
       dropout_rate: probability that an attention weight is dropped.
       kernel: how attention is computed.
+      context_parallel: how, where mesh.context divides the sequence.
     """
 
     query_rank: int | None = 1536
@@ -43,7 +46,8 @@ class Latent:
     value_dim: int = 128
     scale: float | None = None
     dropout_rate: float = 0.0
-    kernel: Plain | Chunked = Plain()
+    kernel: Plain | Chunked | Cudnn | Splash | Auto = Plain()
+    context_parallel: Ring | AllToAll | Gather = Ring()
 
     def build(
         self, config: "Transformer", layer: "Layer", *, causal: bool, cross: bool, gain: float, name: str
@@ -67,9 +71,31 @@ class Latent:
         """Returns operations for one query's scores and reading, forward only, without projections and not absorbed."""
         return 2.0 * config.num_heads * (self.nope_dim + self.rotary_dim + self.value_dim) * num_keys
 
+    def context_problems(self, config: "Transformer", lengths: dict[str, int], shards: int, tensor: int) -> list[str]:
+        """Returns one sentence for each reason why a mesh cannot divide the sequence.
+
+        Args:
+          config: the model's settings.
+          lengths: of sequences, by the name of the field of `config.data`.
+          shards: devices along `context`, more than one.
+          tensor: devices along `tensor`, which divide the heads.
+        """
+        heads = Heads(config.num_heads // tensor, config.num_heads // tensor)
+        return self.context_parallel.problems(self.kernel, self.dropout_rate, heads, lengths, shards)
+
     def problems(self, config: "Transformer") -> list[str]:
         """Returns one sentence for each reason why these settings cannot work."""
-        problems = self.kernel.problems(self.dropout_rate)
+        features = Features(
+            dropout_rate=self.dropout_rate,
+            soft_cap=False,
+            sinks=False,
+            biased=False,
+            window=any(layer.window is not None for layer in (*config.first_layers, *config.layers)),
+            dtype=config.dtype,
+            key_width=self.nope_dim + self.rotary_dim,
+            value_width=self.value_dim,
+        )
+        problems = self.kernel.problems(features)
         problems += [
             f"config.model.attention.{name}: {getattr(self, name)} is not a positive number"
             for name in ("kv_rank", "nope_dim", "rotary_dim", "value_dim")
@@ -117,13 +143,14 @@ class LatentAttention(nn.Module):
             shared_BSNH = jnp.broadcast_to(key_BSH[:, :, None, :], (*k_BSNH.shape[:3], settings.rotary_dim))
             k_BSNH = jnp.concatenate([k_BSNH, shared_BSNH], axis=-1)
             q_BTNH = jnp.concatenate([nope_BTNH, rotated_BTNH], axis=-1)
-            out_BTNH = settings.kernel.attend(q_BTNH, k_BSNH, value_up(latent_BSR), layout, scoring)
+            arrays = (q_BTNH, k_BSNH, value_up(latent_BSR))
+            out_BTNH = attend(settings.context_parallel, settings.kernel, arrays, layout, scoring)
         else:
             # One key head that all queries share: the latent with the rotated channels; its values are the latent.
             absorbed_BTNR = key_up(nope_BTNH, "BTNH,RNH->BTNR")
             q_BTNR = jnp.concatenate([absorbed_BTNR, rotated_BTNH], axis=-1)
             k_BSKR = jnp.concatenate([latent_BSR, key_BSH], axis=-1)[:, :, None, :]
-            read_BTNR = settings.kernel.attend(q_BTNR, k_BSKR, latent_BSR[:, :, None, :], layout, scoring)
+            read_BTNR = settings.kernel.portable().attend(q_BTNR, k_BSKR, latent_BSR[:, :, None, :], layout, scoring)
             out_BTNH = value_up(read_BTNR, "BTNR,RNH->BTNH")
         out_BTNH = constrain(out_BTNH, "batch", "length", "activation_heads", None)
         output = Einsum("BTNH,NHD->BTD", config, residual=True, sizes=value_sizes, scale=self.gain, name="out")

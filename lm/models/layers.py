@@ -18,6 +18,7 @@ from flax import linen as nn
 
 from lm.models.initializers import Constant, Gaussian
 from lm.models.products import Product, contract
+from lm.parallel import constrain
 
 if TYPE_CHECKING:
     from lm.models.transformer import Transformer
@@ -207,8 +208,14 @@ class Table(nn.Module):
         )
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        """Looks rows up: ids i32[...] give [..., *row] in the compute dtype."""
-        return jnp.take(self.embedding, ids, axis=0).astype(self.config.compute_dtype)
+        """Looks rows up: ids i32[B, T] give [B, T, D] in the compute dtype."""
+        # The table is gathered along its width, as other parameters are. Left to itself, the compiler looks up all
+        # rows of the batch everywhere, a slice of the width each, and cannot get from there to rows divided by device
+        # but through whole activations on every device ("involuntary full rematerialization").
+        vocabulary = "activation_vocab" if self.letters[0] == "V" else None
+        table = constrain(self.embedding, vocabulary, None)
+        rows_BTD = jnp.take(table, ids, axis=0).astype(self.config.compute_dtype)
+        return constrain(rows_BTD, "batch", "length", "activation_embed")
 
     def attend(self, equation: str, x: jax.Array) -> jax.Array:
         """Returns the float32 product of `x` with the whole table, such as "BTD,VD->BTV"."""

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lm.models.attention import Chunked, Layout, Plain, RelativeVectors, Scoring, Side
+from lm.models.attention import Bias, Chunked, Features, Layout, Plain, RelativeVectors, Scoring, Side
+from lm.models.context_parallel import AllToAll, Gather, Heads, Ring, attend
 from lm.models.initializers import Constant
+from lm.models.kernels import Auto, Cudnn, Splash
 from lm.models.layers import Einsum, Norm, declare, fold
 from lm.parallel import constrain
 
@@ -59,6 +61,7 @@ class MultiHead:
       sinks: whether each head has a learned score that reads nothing (gpt-oss).
       dropout_rate: probability that an attention weight is dropped.
       kernel: how attention is computed; all kernels agree.
+      context_parallel: how, where mesh.context divides the sequence; all ways agree.
     """
 
     use_qkv_bias: bool = False
@@ -68,7 +71,8 @@ class MultiHead:
     logit_softcap: float | None = None
     sinks: bool = False
     dropout_rate: float = 0.0
-    kernel: Plain | Chunked = Plain()
+    kernel: Plain | Chunked | Cudnn | Splash | Auto = Plain()
+    context_parallel: Ring | AllToAll | Gather = Ring()
 
     def build(
         self, config: "Transformer", layer: "Layer", *, causal: bool, cross: bool, gain: float, name: str
@@ -89,9 +93,32 @@ class MultiHead:
         """Returns floating point operations for one query's scores and reading, forward only, without projections."""
         return 4.0 * config.sizes["N"] * config.sizes["H"] * num_keys
 
+    def context_problems(self, config: "Transformer", lengths: dict[str, int], shards: int, tensor: int) -> list[str]:
+        """Returns one sentence for each reason why a mesh cannot divide the sequence.
+
+        Args:
+          config: the model's settings.
+          lengths: of sequences, by the name of the field of `config.data`.
+          shards: devices along `context`, more than one.
+          tensor: devices along `tensor`, which divide the heads.
+        """
+        heads = Heads(config.sizes["N"] // tensor, max(config.sizes["K"] // tensor, 1))
+        return self.context_parallel.problems(self.kernel, self.dropout_rate, heads, lengths, shards)
+
     def problems(self, config: "Transformer") -> list[str]:
         """Returns one sentence for each reason why these settings cannot work."""
-        problems = self.kernel.problems(self.dropout_rate)
+        layers = (*config.first_layers, *config.layers)
+        features = Features(
+            dropout_rate=self.dropout_rate,
+            soft_cap=self.logit_softcap is not None,
+            sinks=self.sinks,
+            biased=any((layer.positions or config.positions).biases_scores for layer in layers),
+            window=any(layer.window is not None for layer in layers),
+            dtype=config.dtype,
+            key_width=config.sizes["H"],
+            value_width=config.sizes["H"],
+        )
+        problems = self.kernel.problems(features)
         if config.num_heads % config.sizes["K"]:
             problems.append(
                 f"config.model.num_kv_heads: {config.sizes['K']} does not divide num_heads {config.num_heads}"
@@ -151,7 +178,10 @@ class MultiHeadAttention(nn.Module):
         layout = Layout(
             context.queries, keys, self.causal and not self.cross, None if self.cross else self.layer.window
         )
-        out_BTNH = settings.kernel.attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
+        if cache is None:
+            out_BTNH = attend(settings.context_parallel, settings.kernel, (q_BTNH, k_BSKH, v_BSKH), layout, scoring)
+        else:
+            out_BTNH = settings.kernel.portable().attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
         out_BTNH = constrain(out_BTNH, "batch", "length", "activation_heads", None)
         output = Einsum("BTNH,NHD->BTD", config, settings.use_output_bias, residual=True, scale=self.gain, name="out")
         return output(out_BTNH), cache
@@ -161,11 +191,11 @@ class MultiHeadAttention(nn.Module):
         if self.cross:
             if cache is not None and context.memory_BSD is None:
                 return cache["cross_key"], cache["cross_value"], self._memory(context), cache
-            k_BSKH, v_BSKH = self._project(context.memory_BSD)
+            k_BSKH, v_BSKH = self._project(context.memory_BSD, cache)
             if cache is not None:
                 cache = {**cache, "cross_key": k_BSKH, "cross_value": v_BSKH}
             return k_BSKH, v_BSKH, self._memory(context), cache
-        k_BTKH, v_BTKH = self._project(x_BTD)
+        k_BTKH, v_BTKH = self._project(x_BTD, cache)
         k_BTKH = (self.layer.positions or self.config.positions).rotate(k_BTKH, context.queries.positions)
         if cache is None or context.index is None:
             return k_BTKH, v_BTKH, context.keys, cache
@@ -174,7 +204,7 @@ class MultiHeadAttention(nn.Module):
         v_BSKH = jax.lax.dynamic_update_slice(cache["value"], v_BTKH.astype(cache["value"].dtype), start)
         return k_BSKH, v_BSKH, context.keys, {**cache, "key": k_BSKH, "value": v_BSKH}
 
-    def _project(self, x_BSD: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def _project(self, x_BSD: jax.Array | None, cache: Cache) -> tuple[jax.Array, jax.Array]:
         """Returns keys and values, each [B, S, K, H], before rotation."""
         if x_BSD is None:
             raise ValueError("cross attention needs an encoder's result; the batch has no encoder_inputs")
@@ -182,8 +212,9 @@ class MultiHeadAttention(nn.Module):
         k_BSKH = Einsum("BSD,DKH->BSKH", self.config, bias, name="key")(x_BSD)
         v_BSKH = Einsum("BSD,DKH->BSKH", self.config, bias, scale=self.gain, name="value")(x_BSD)
         k_BSKH = self._normalize(k_BSKH, "key_norm", "kv_heads")
-        k_BSKH = constrain(k_BSKH, "batch", "kv_length", "activation_heads", None)
-        return k_BSKH, constrain(v_BSKH, "batch", "kv_length", "activation_heads", None)
+        length = self.attention.context_parallel.key_axis if cache is None else "kv_length"
+        k_BSKH = constrain(k_BSKH, "batch", length, "activation_heads", None)
+        return k_BSKH, constrain(v_BSKH, "batch", length, "activation_heads", None)
 
     def _normalize(self, x_BTNH: jax.Array, name: str, heads: str) -> jax.Array:
         if self.attention.qk_norm == "none":
@@ -191,12 +222,11 @@ class MultiHeadAttention(nn.Module):
         axes = ("head_dim",) if self.attention.qk_norm == "head" else (heads, "head_dim")
         return Norm(self.config.norm, self.config.compute_dtype, axes, name=name)(x_BTNH)
 
-    def _bias(self, context: Context) -> Any:
-        """Returns the function from the keys' side to the scores' bias."""
-        positions, heads = self.layer.positions or self.config.positions, self.config.num_heads
-        return lambda keys: positions.bias(
-            context.bias_table_UN, context.queries.positions, keys.positions, heads, self.causal
-        )
+    def _bias(self, context: Context) -> Bias | None:
+        """Returns the scores' bias, if the scheme has any."""
+        positions = self.layer.positions or self.config.positions
+        columns_UN = positions.bias_columns(context.bias_table_UN, self.config.num_heads)
+        return None if columns_UN is None else Bias(columns_UN, positions.bias, self.causal)
 
     def _relative(self) -> RelativeVectors | None:
         """Returns the layer's vectors of relative positions, if the scheme has any."""

@@ -26,6 +26,8 @@ class Positions:
 
     # Whether positions that see each other both ways can tell their order; a causal mask tells it by itself.
     tells_order: ClassVar[bool] = True
+    # Whether scores depend on positions other than through rotated queries and keys.
+    biases_scores: ClassVar[bool] = False
 
     def table(self, config: "Transformer", name: str) -> Table | None:
         """Returns the table of learned positions that is added to the embeddings; called in a compact method."""
@@ -51,12 +53,27 @@ class Positions:
         del config, name
         return None
 
-    def bias(
-        self, table_UN: jax.Array | None, queries_BT: jax.Array, keys_BS: jax.Array, num_heads: int, causal: bool
-    ) -> jax.Array | None:
-        """Returns f32[B, N, T, S] to be added to the attention scores, from the positions of both sides."""
-        del table_UN, queries_BT, keys_BS, num_heads, causal
+    def bias_columns(self, table_UN: jax.Array | None, num_heads: int) -> jax.Array | None:
+        """Returns f32[U, N], a column for each head that `bias` reads, or None if scores have no bias.
+
+        Args:
+          table_UN: the stack's `bias_table`, whole, or None.
+          num_heads: N.
+        """
+        del table_UN, num_heads
         return None
+
+    def bias(self, columns_UN: jax.Array, queries_BT: jax.Array, keys_BS: jax.Array, causal: bool) -> jax.Array:
+        """Returns f32[B, N, T, S] to be added to the attention scores, from the positions of both sides.
+
+        Args:
+          columns_UN: of `bias_columns`, or those of some of the heads.
+          queries_BT: i32 positions.
+          keys_BS: i32 positions.
+          causal: whether the stack hides later positions.
+        """
+        del causal
+        return jnp.zeros((queries_BT.shape[0], columns_UN.shape[1], queries_BT.shape[1], keys_BS.shape[1]))
 
     def relative_tables(self, config: "Transformer") -> "tuple[Table, Table] | None":
         """Returns a layer's own tables of relative positions, for keys and values; called in a compact method."""
@@ -176,6 +193,7 @@ class Bucketed(Positions):
       max_distance: distances from here on share the last bucket.
     """
 
+    biases_scores: ClassVar[bool] = True
     num_buckets: int = 32
     max_distance: int = 128
 
@@ -207,20 +225,24 @@ class Bucketed(Positions):
         far = jnp.minimum(exact + (growth * (count - exact)).astype(jnp.int32), count - 1)
         return offset + jnp.where(distance < exact, distance, far)
 
-    def bias(
-        self, table_UN: jax.Array | None, queries_BT: jax.Array, keys_BS: jax.Array, num_heads: int, causal: bool
-    ) -> jax.Array | None:
-        """Returns the table's rows of all pairs of positions."""
+    def bias_columns(self, table_UN: jax.Array | None, num_heads: int) -> jax.Array | None:
+        """Returns the stack's table."""
         del num_heads
         if table_UN is None:
             raise ValueError("bucketed positions need the table of their stack")
+        return table_UN.astype(jnp.float32)
+
+    def bias(self, columns_UN: jax.Array, queries_BT: jax.Array, keys_BS: jax.Array, causal: bool) -> jax.Array:
+        """Returns the table's rows of all pairs of positions."""
         buckets_BTS = self.buckets(keys_BS[:, None, :] - queries_BT[:, :, None], causal)
-        return jnp.transpose(jnp.take(table_UN.astype(jnp.float32), buckets_BTS, axis=0), (0, 3, 1, 2))
+        return jnp.transpose(jnp.take(columns_UN, buckets_BTS, axis=0), (0, 3, 1, 2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alibi(Positions):
     """A fixed penalty proportional to the distance, with another slope for each head (Press et al. 2022)."""
+
+    biases_scores: ClassVar[bool] = True
 
     def slopes(self, num_heads: int) -> np.ndarray:
         """Returns f64[N]: powers of 2^(-8/n) for the next lower power of two n, then every second one of 2n."""
@@ -229,14 +251,16 @@ class Alibi(Positions):
         more = 2.0 ** (-4.0 / power * np.arange(1, 2 * (num_heads - power), 2))
         return np.concatenate([slopes, more])
 
-    def bias(
-        self, table_UN: jax.Array | None, queries_BT: jax.Array, keys_BS: jax.Array, num_heads: int, causal: bool
-    ) -> jax.Array | None:
+    def bias_columns(self, table_UN: jax.Array | None, num_heads: int) -> jax.Array | None:
+        """Returns one row, the slopes."""
+        del table_UN
+        return jnp.asarray(self.slopes(num_heads).astype(np.float32))[None, :]
+
+    def bias(self, columns_UN: jax.Array, queries_BT: jax.Array, keys_BS: jax.Array, causal: bool) -> jax.Array:
         """Returns minus slope times distance."""
-        del table_UN, causal
+        del causal
         distance_BTS = jnp.abs(keys_BS[:, None, :] - queries_BT[:, :, None]).astype(jnp.float32)
-        slopes = self.slopes(num_heads).astype(np.float32)
-        return -jnp.asarray(slopes)[None, :, None, None] * distance_BTS[:, None, :, :]
+        return -columns_UN[0][None, :, None, None] * distance_BTS[:, None, :, :]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,6 +271,7 @@ class Relative(Positions):
       max_distance: distances beyond this, to either side, share a vector.
     """
 
+    biases_scores: ClassVar[bool] = True
     max_distance: int = 16
 
     def relative_tables(self, config: "Transformer") -> tuple[Table, Table] | None:

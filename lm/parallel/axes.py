@@ -6,6 +6,7 @@ error; nothing is ever replicated silently because of a typo.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
@@ -132,6 +133,23 @@ def current() -> tuple[Mesh, Rules]:
     return scope.mesh, scope.rules
 
 
+def is_placed() -> bool:
+    """Returns whether there are devices; False inside `shapes_only()`."""
+    return not (_SCOPES and _SCOPES[-1] is None)
+
+
+def num_shards(name: str) -> int:
+    """Returns over how many devices an axis of activations is divided; one where shapes alone are wanted.
+
+    Raises:
+      RuntimeError: no mesh in force.
+    """
+    if not is_placed():
+        return 1
+    mesh, rules = current()
+    return math.prod(mesh.shape[axis] for axis in rules.activations.get(name, ()))
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Says where an activation lives, by the meaning of its axes.
 
@@ -144,7 +162,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names {axes} for an array of shape {x.shape}")
-    if _SCOPES and _SCOPES[-1] is None:
+    if not is_placed():
         spec(axes, {})
         return x
     mesh, rules = current()

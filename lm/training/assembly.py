@@ -23,6 +23,7 @@ from lm.batch import Batch
 from lm.config import ConfigError
 from lm.data import Bytes, load_tokenizer
 from lm.experiment import Experiment, too_few_ids
+from lm.models.kernels import platform_problems
 from lm.optim import build_optimizer
 from lm.training.checkpoints import restore_params
 from lm.training.state import TrainState, Tree, init_state, state_shardings
@@ -130,6 +131,7 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     rules = parallel.DEFAULT_RULES
+    check_attention(experiment, mesh)
     model = experiment.model.build()
     with parallel.shapes_only():
         params = jax.eval_shape(model.init, jax.random.key(0))
@@ -167,6 +169,22 @@ def check_shards(params: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) ->
     jax.tree_util.tree_map_with_path(check, params, axes)
     if found:
         raise ConfigError("\n".join(found.values()))
+
+
+def check_attention(experiment: Experiment, mesh: Mesh) -> None:
+    """Checks that the devices can run attention, and those along `context` divide it.
+
+    Raises:
+      ConfigError: they cannot; one line for each reason.
+    """
+    found = platform_problems(experiment.model.attention.kernel, mesh.devices.flat[0].platform)
+    shards = mesh.shape["context"]
+    lengths = {"sequence_length": experiment.data.sequence_length, "encoder_length": experiment.data.encoder_length}
+    given = {name: length for name, length in lengths.items() if length is not None}
+    if shards > 1:
+        found += experiment.model.attention.context_problems(experiment.model, given, shards, mesh.shape["tensor"])
+    if found:
+        raise ConfigError("\n".join(found))
 
 
 def row_shards(mesh: Mesh) -> int:

@@ -174,7 +174,8 @@ def chunked_cross_entropy(
 
     def split(x: jax.Array) -> jax.Array:
         padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+        # Position t goes to piece t % pieces: where devices divide the length, each has its part of every piece.
+        return jnp.moveaxis(padded.reshape(x.shape[0], chunk, -1, *x.shape[2:]), 2, 0)
 
     @jax.checkpoint
     def body(total: TokenLosses, piece: tuple[jax.Array, ...]) -> tuple[TokenLosses, None]:

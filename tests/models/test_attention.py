@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.models.attention import Chunked, Layout, Plain, Scoring, Side
+from lm.models.attention import Bias, Chunked, Layout, Plain, Scoring, Side
 
 
 def make_side(segment_ids, bidirectional=None, slots=None):
@@ -57,7 +57,7 @@ def reference(q, k, v, layout, scoring):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     allowed = np.asarray(layout.allowed())
     out = np.zeros((*q.shape[:3], v.shape[-1]))
-    bias = None if scoring.bias is None else np.asarray(scoring.bias(layout.keys), np.float64)
+    bias = None if scoring.bias is None else np.asarray(scoring.bias.of(layout), np.float64)
     for b, n, i in np.ndindex(q.shape[0], q.shape[2], q.shape[1]):
         kv = n // (q.shape[2] // k.shape[2])
         scores = k[b, :, kv] @ q[b, i, n] * scoring.scale
@@ -72,18 +72,18 @@ def reference(q, k, v, layout, scoring):
     return out
 
 
+def wavy(columns, queries, keys, causal):
+    """A bias with another sign for each direction, so that a mix-up of sides shows."""
+    del causal
+    distances = (keys[:, None, :] - 2 * queries[:, :, None]).astype(jnp.float32)
+    return columns[0][None, :, None, None] * distances[:, None]
+
+
 SCORINGS = {
     "plain": Scoring(scale=0.3),
     "soft_cap": Scoring(scale=1.0, soft_cap=0.7),
     "sinks": Scoring(scale=0.3, sinks_N=jnp.asarray([0.5, -1.0, 2.0, 0.0])),
-    "bias": Scoring(
-        scale=0.3,
-        bias=lambda keys: (
-            jnp.sin(jnp.arange(1.0, 5.0))[None, :, None, None]
-            * keys.positions[:, None, None, :].astype(jnp.float32)
-            * jnp.ones((1, 1, 11, 1))
-        ),
-    ),
+    "bias": Scoring(scale=0.3, bias=Bias(jnp.sin(jnp.arange(1.0, 5.0))[None], wavy, True)),
 }
 
 

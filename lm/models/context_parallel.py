@@ -1,0 +1,336 @@
+"""Attention over a sequence that the mesh divides: gathered keys, a ring, or an exchange of heads for positions.
+
+Between projections and kernels. Each device has a stretch of the queries and of the keys
+(`mesh.context` stretches); what stands where travels with the keys (`Side`), so that masks, windows and biases
+are those of one device. Law: every way equals attention on one device but for rounding.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from lm.models.attention import Chunked, Features, Layout, Partial, Plain, Scoring, Side, group
+from lm.models.kernels import Kernel, platform_problems
+from lm.parallel import (
+    activation_spec,
+    by_shards,
+    current,
+    deal,
+    gather_length,
+    is_placed,
+    num_shards,
+    shift,
+    to_heads,
+    to_length,
+    undeal,
+)
+
+
+class Heads(NamedTuple):
+    """How many heads one device of `tensor` has, to see whether they can be divided further.
+
+    Attributes:
+      queries: query heads.
+      keys: key and value heads.
+    """
+
+    queries: int
+    keys: int
+
+
+Arrays = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _by_shards(
+    function: Callable[..., jax.Array], arrays: Arrays, layout: Layout, scoring: Scoring, opaque: bool = False
+) -> jax.Array:
+    """Runs attention on each device's shards; heads are divided if those of keys can be.
+
+    Args:
+      function: maps shards of the other arguments to a shard of the result.
+      arrays: queries, keys and values.
+      layout: who may read whom.
+      scoring: how scores are made.
+      opaque: whether it runs a kernel that jax does not see into.
+    """
+    if scoring.dropout_rate and scoring.key is not None:
+        raise ValueError("\n".join(_dropout_problems(scoring.dropout_rate, "attention over a divided sequence")))
+    scoring = dataclasses.replace(scoring, key=None)
+    q_BTNH, k_BSKH, _ = arrays
+    q = activation_spec(q_BTNH.shape, "batch", "length", None, None)
+    heads = activation_spec(k_BSKH.shape, None, None, "activation_heads", None)[2]
+    batch, length = q[0], q[1]
+
+    # A tree of specs has the classes of the tree of arrays.
+    rows: Any = PartitionSpec(batch, length)
+    slots: Any = PartitionSpec(length)
+    side = Side(rows, rows, rows, slots)
+
+    # A column, or an element, of each head; what heads share is whole.
+    bias = None if scoring.bias is None else dataclasses.replace(scoring.bias, table_UN=PartitionSpec(None, heads))
+    sinks = None if scoring.sinks_N is None else PartitionSpec(heads)
+    relative = jax.tree.map(lambda _: PartitionSpec(), scoring.relative)
+    array = PartitionSpec(batch, length, heads, None)
+    specs = (
+        (array, array, array),
+        dataclasses.replace(layout, queries=side, keys=side),
+        dataclasses.replace(scoring, bias=bias, sinks_N=sinks, relative=relative),
+    )
+    return by_shards(function, specs, array, checked=not opaque)(arrays, layout, scoring)
+
+
+def _uneven(lengths: dict[str, int], pieces: int, reason: str) -> list[str]:
+    return [
+        f"config.data.{name} {length} does not divide into {pieces} pieces, {reason}: make it a multiple of {pieces}"
+        for name, length in lengths.items()
+        if length % pieces
+    ]
+
+
+def _dropout_problems(dropout_rate: float, way: str) -> list[str]:
+    if not dropout_rate:
+        return []
+    return [
+        f"config.model.attention.dropout_rate {dropout_rate}: {way} drops no attention weights; set it to 0, or"
+        " context_parallel to Gather"
+    ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gather:
+    """Every device reads all keys, gathered by the compiler; queries stay divided (Llama 3, section 3.3.2).
+
+    Computes whatever the kernel computes; memory and traffic grow with the whole length.
+    """
+
+    # The logical axis of the positions of keys and values.
+    key_axis: ClassVar[str] = "kv_length"
+
+    def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns [B, T, N, H of values], as the kernel does."""
+        # What `Auto` chose may be a kernel that the compiler does not divide.
+        kernel = kernel.portable() if kernel.opaque else kernel
+        return kernel.attend(*arrays, layout, scoring)
+
+    def problems(
+        self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
+    ) -> list[str]:
+        """Returns one sentence for each length that the devices do not divide, and for a kernel that cannot be."""
+        del dropout_rate, heads
+        problems = []
+        if kernel.opaque:
+            problems.append(
+                f"config.model.attention.kernel {type(kernel).__name__} is not divided by the compiler: set"
+                " context_parallel to AllToAll, or the kernel to Chunked or Plain"
+            )
+        return problems + _uneven(lengths, shards, f"one for each device of mesh.context {shards}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Keys and values travel around the devices, which add them to a softmax (Liu et al. 2023, ring attention).
+
+    What a block's mask hides altogether is skipped.
+
+    Attributes:
+      zigzag: whether a causal sequence is dealt out again so that all devices have the same work; otherwise the last
+        device has most of it. Costs one exchange of queries, keys, values and result.
+    """
+
+    key_axis: ClassVar[str] = "length"
+    zigzag: bool = True
+
+    def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns [B, T, N, H of values]; the kernel says how the keys of one device are read."""
+        return _by_shards(functools.partial(self._attend, kernel.portable()), arrays, layout, scoring)
+
+    def _attend(self, kernel: Plain | Chunked, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns one device's part of the result."""
+        q_BTNH, k_BSKH, v_BSKH = arrays
+        kv_BSKH = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
+        queries, keys = _pack(layout.queries), _pack(layout.keys)
+        dealt = self.zigzag and layout.causal
+        if dealt:
+            q_BTNH, kv_BSKH = deal(q_BTNH, 1), deal(kv_BSKH, 1)
+            queries = keys = deal(keys, 2)
+        q_BTKGH = group(q_BTNH, k_BSKH.shape[2])
+        pieces = 2 if dealt else 1
+        asked = list(zip(jnp.split(q_BTKGH, pieces, axis=1), jnp.split(queries, pieces, axis=2), strict=True))
+        step = functools.partial(self._read, kernel, asked, k_BSKH.shape[-1], layout, scoring)
+
+        def turn(carry: Any, _: None) -> tuple[Any, None]:
+            partials, kv_BSKH, keys = carry
+            kv_BSKH, keys = shift((kv_BSKH, keys))
+            return (step(partials, kv_BSKH, keys), kv_BSKH, keys), None
+
+        partials = [Partial.start(q_BTKGH, v_BSKH.shape[-1], scoring) for q_BTKGH, _ in asked]
+        carry = (step(partials, kv_BSKH, keys), kv_BSKH, keys)
+        (partials, _, _), _ = jax.lax.scan(turn, carry, length=jax.lax.axis_size("context") - 1)
+        out_BTNH = jnp.concatenate([partial.finish(q_BTNH.dtype) for partial in partials], axis=1)
+        return undeal(out_BTNH, 1) if dealt else out_BTNH
+
+    def _read(
+        self,
+        kernel: Plain | Chunked,
+        asked: list[tuple[jax.Array, jax.Array]],
+        width: int,
+        layout: Layout,
+        scoring: Scoring,
+        partials: list[Partial],
+        *block: jax.Array,
+    ) -> list[Partial]:
+        """Adds a block of keys to the softmax of each piece of the queries, piece by piece."""
+        kv_BSKH, keys = block
+        pieces = len(asked)
+        read = list(zip(jnp.split(kv_BSKH, pieces, axis=1), jnp.split(keys, pieces, axis=2), strict=True))
+
+        @jax.checkpoint
+        def extend(partial: Partial, q_BTKGH: jax.Array, kv_BSKH: jax.Array, sides: Any) -> Partial:
+            pair = dataclasses.replace(layout, queries=_unpack(sides[0]), keys=_unpack(sides[1]))
+
+            def add(partial: Partial) -> Partial:
+                return kernel.extend(partial, q_BTKGH, kv_BSKH[..., :width], kv_BSKH[..., width:], pair, scoring)
+
+            return jax.lax.cond(jnp.any(pair.allowed()), add, lambda partial: partial, partial)
+
+        results = []
+        for partial, (q_BTKGH, queries) in zip(partials, asked, strict=True):
+            for kv_BSKH, keys in read:
+                partial = extend(partial, q_BTKGH, kv_BSKH, (queries, keys))
+            results.append(partial)
+        return results
+
+    def problems(
+        self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
+    ) -> list[str]:
+        """Returns one sentence for each length that cannot be dealt, for attention dropout and for a foreign kernel."""
+        del heads
+        problems = _dropout_problems(dropout_rate, "the ring")
+        if kernel.opaque:
+            problems.append(
+                f"config.model.attention.kernel {type(kernel).__name__} cannot add to a softmax, as a ring needs: set"
+                " context_parallel to AllToAll, or the kernel to Chunked or Plain"
+            )
+        pieces = 2 * shards if self.zigzag else shards
+        reason = f"{pieces // shards} for each device of mesh.context {shards}"
+        return problems + _uneven(lengths, pieces, reason)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllToAll:
+    """Devices exchange stretches of all heads for all positions of some heads, and back (Jacobs et al. 2023, Ulysses).
+
+    Fewer messages than a ring, but no more devices than heads. Where a device would get less than one key head, key
+    heads are repeated.
+    """
+
+    key_axis: ClassVar[str] = "length"
+
+    def attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns [B, T, N, H of values]; the kernel reads whole sequences."""
+        return _by_shards(functools.partial(self._attend, kernel), arrays, layout, scoring, kernel.opaque)
+
+    def _attend(self, kernel: Kernel, arrays: Arrays, layout: Layout, scoring: Scoring) -> jax.Array:
+        """Returns one device's part of the result."""
+        q_BTNH, k_BSKH, v_BSKH = arrays
+        kv_BSKH = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
+        kv_BSKH = jnp.repeat(kv_BSKH, _repeats(kv_BSKH.shape[2], jax.lax.axis_size("context")), axis=2)
+        k_BSKH, v_BSKH = jnp.split(to_heads(kv_BSKH), [k_BSKH.shape[-1]], axis=-1)
+        sides = [_unpack(gather_length(_pack(side), 2)) for side in (layout.queries, layout.keys)]
+        layout = dataclasses.replace(layout, queries=sides[0], keys=sides[1])
+        return to_length(kernel.attend(to_heads(q_BTNH), k_BSKH, v_BSKH, layout, _own_heads(scoring)))
+
+    def problems(
+        self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
+    ) -> list[str]:
+        """Returns one sentence for each length and number of heads that the devices do not divide, and for dropout."""
+        del kernel
+        problems = _dropout_problems(dropout_rate, "the exchange of heads")
+        repeated = heads.keys * _repeats(heads.keys, shards)
+        if heads.queries % shards or heads.queries % repeated:
+            problems.append(
+                f"config.mesh.context {shards} does not divide the {heads.queries} query heads and {heads.keys} key"
+                " heads of a device, which AllToAll exchanges for positions: use another mesh, or the Ring"
+            )
+        return problems + _uneven(lengths, shards, f"one for each device of mesh.context {shards}")
+
+
+def _repeats(num_heads: int, shards: int) -> int:
+    return shards // math.gcd(num_heads, shards)
+
+
+def _own_heads(scoring: Scoring) -> Scoring:
+    """Returns the scoring of the heads that this device gets in the exchange."""
+
+    def own(x: jax.Array, axis: int) -> jax.Array:
+        size = x.shape[axis] // jax.lax.axis_size("context")
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("context") * size, size, axis)
+
+    bias, sinks_N = scoring.bias, scoring.sinks_N
+    if bias is not None:
+        bias = dataclasses.replace(bias, table_UN=own(bias.table_UN, 1))
+    return dataclasses.replace(scoring, bias=bias, sinks_N=None if sinks_N is None else own(sinks_N, 0))
+
+
+def _pack(side: Side) -> jax.Array:
+    """Returns i32[4, B, T], a side as one array, which costs one message."""
+    slots_BT = jnp.broadcast_to(side.slots[None, :], side.positions.shape)
+    return jnp.stack([side.segment_ids, side.positions, side.bidirectional.astype(jnp.int32), slots_BT])
+
+
+def _unpack(packed: jax.Array) -> Side:
+    return Side(packed[0], packed[1], packed[2] != 0, packed[3, 0])
+
+
+ContextParallel = Ring | AllToAll | Gather
+
+
+def attend(
+    way: ContextParallel,
+    kernel: Kernel,
+    arrays: Arrays,
+    layout: Layout,
+    scoring: Scoring,
+) -> jax.Array:
+    """Computes attention wherever its arrays live: [B, T, N, H of values] in the dtype of the queries.
+
+    Args:
+      way: what to do where the mesh divides the sequence.
+      kernel: what computes it on one device.
+      arrays: queries [B, T, N, H], keys [B, S, K, H] and values [B, S, K, H of values].
+      layout: who may read whom.
+      scoring: how scores are made.
+    """
+    if is_placed():
+        platform = current()[0].devices.flat[0].platform
+        features = _features(arrays, layout, scoring)
+        kernel = kernel.resolve(platform, features, arrays[0].shape[1] * arrays[1].shape[1])
+        problems = platform_problems(kernel, platform)
+        if problems:
+            raise ValueError("\n".join(problems))
+        if num_shards("length") > 1:
+            return way.attend(kernel, arrays, layout, scoring)
+        if kernel.opaque and current()[0].size > 1:
+            return _by_shards(lambda arrays, *how: kernel.attend(*arrays, *how), arrays, layout, scoring, opaque=True)
+        return kernel.attend(*arrays, layout, scoring)
+    # For shapes alone, any kernel does.
+    return kernel.portable().attend(*arrays, layout, scoring)
+
+
+def _features(arrays: Arrays, layout: Layout, scoring: Scoring) -> Features:
+    return Features(
+        dropout_rate=0.0 if scoring.key is None else scoring.dropout_rate,
+        soft_cap=scoring.soft_cap is not None,
+        sinks=scoring.sinks_N is not None,
+        biased=scoring.bias is not None or scoring.relative is not None,
+        window=layout.window is not None,
+        dtype=str(arrays[0].dtype),
+        key_width=arrays[0].shape[-1],
+        value_width=arrays[2].shape[-1],
+    )

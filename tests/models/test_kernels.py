@@ -1,0 +1,146 @@
+"""Kernels of one platform: splash attention interpreted, the arguments of cuDNN's, what they refuse, who is chosen."""
+
+import dataclasses
+import re
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import llama3
+from lm import models, parallel
+from lm.models import Auto, Chunked, Cudnn, MultiHead, Plain, Ring, Splash
+from lm.models.attention import Features, Layout, Scoring
+from lm.models.context_parallel import attend
+from lm.models.kernels import platform_problems
+from tests.models.test_attention import SCORINGS, make_inputs, make_side
+
+FEATURES = Features(0.0, False, False, False, False, "bfloat16", 64, 64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByXla(Cudnn):
+    """The same call, computed by XLA instead of cuDNN."""
+
+    implementation: ClassVar[Literal["cudnn", "xla"]] = "xla"
+
+
+def cases(kernel):
+    for causal in (True, False):
+        yield kernel, SCORINGS["plain"], causal, None
+    yield (
+        (kernel, SCORINGS["soft_cap"], True, None)
+        if isinstance(kernel, Splash)
+        else (kernel, SCORINGS["plain"], True, 3)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scoring", "causal", "window"), [*cases(Splash(interpret=True)), *cases(ByXla())], ids=str
+)
+def test_a_kernel_equals_the_plain_one(kernel, scoring, causal, window):
+    (q, k, v), side = make_inputs()
+    # No flags: these kernels do not read them.
+    side = side._replace(bidirectional=jnp.zeros_like(side.bidirectional))
+    layout = Layout(side, side, causal, window)
+
+    def results(kernel):
+        def mean(qkv):
+            out = kernel.attend(*qkv, layout, scoring)
+            return jnp.mean(jnp.sin(out) * jnp.arange(1.0, 9.0)[None, None, None]), out
+
+        return jax.jit(jax.value_and_grad(mean, has_aux=True))((q, k, v))
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6, rtol=2e-5), results(kernel), results(Plain()))
+
+
+@pytest.mark.parametrize("kernel", [Splash(interpret=True), ByXla()], ids=["splash", "cudnn"])
+def test_cross_attention_to_a_source_that_lacks_a_segment(kernel):
+    (q, k, v), _ = make_inputs()
+    queries, keys = make_side([[1] * 4 + [2] * 3, [1] * 7]), make_side([[1] * 11, [1] * 6 + [2] * 5])
+    layout = Layout(queries, keys, False)
+    out = kernel.attend(q[:, :7], k, v, layout, SCORINGS["plain"])
+    np.testing.assert_allclose(out, Plain().attend(q[:, :7], k, v, layout, SCORINGS["plain"]), atol=2e-6)
+
+
+def test_a_kernel_runs_on_the_shards_of_a_mesh():
+    (q, k, v), side = jax.device_get(make_inputs())
+    side = side._replace(bidirectional=np.zeros_like(side.bidirectional))
+    layout = Layout(side, side, True)
+    mesh = parallel.build_mesh(parallel.MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    with parallel.use(mesh, parallel.DEFAULT_RULES):
+        run = jax.jit(lambda qkv: attend(Ring(), Splash(interpret=True), qkv, layout, SCORINGS["plain"]))
+        out = jax.device_get(run((q, k, v)))
+    np.testing.assert_allclose(out, Plain().attend(q, k, v, layout, SCORINGS["plain"]), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "words"),
+    [
+        (Splash(), {"dropout_rate": 0.1}, "attention.dropout_rate"),
+        (Splash(), {"sinks": True}, "attention.sinks"),
+        (Splash(), {"biased": True}, "model.positions"),
+        (Splash(), {"window": True}, "layers.window"),
+        (Splash(block=100), {}, "kernel.block: 100"),
+        (Cudnn(), {"soft_cap": True}, "attention.logit_softcap"),
+        (Cudnn(), {"dtype": "float32"}, "model.dtype"),
+        (Cudnn(), {"key_width": 60, "value_width": 60}, "head_dim.*not 60"),
+        (Cudnn(), {"value_width": 32}, "value_dim"),
+    ],
+    ids=str,
+)
+def test_what_a_kernel_cannot_do_is_told_in_one_sentence(kernel, change, words):
+    assert kernel.problems(FEATURES) == [] or change == {}
+    (line,) = kernel.problems(FEATURES._replace(**change))
+    assert line.startswith("config.model.")
+    assert re.search(words, line)
+
+
+def test_a_model_refuses_what_its_kernel_cannot_do():
+    config = dataclasses.replace(
+        llama3.get_model("tiny"), positions=models.Alibi(), attention=MultiHead(kernel=Splash())
+    )
+    assert config.problems() == [
+        "config.model.positions: the kernel Splash does not compute it; use the kernel Chunked or Plain"
+    ]
+
+
+def test_a_kernel_is_refused_on_another_platform():
+    (q, k, v), side = make_inputs()
+    with pytest.raises(ValueError, match=r"Splash runs on a tpu, the devices here are cpu; use Auto, Chunked or Plain"):
+        attend(Ring(), Splash(), (q, k, v), Layout(side, side, True), SCORINGS["plain"])
+    (line,) = platform_problems(Cudnn(), "tpu")
+    assert "Cudnn runs on a gpu" in line
+    assert platform_problems(Cudnn(), "cuda") == platform_problems(Auto(), "cpu") == []
+
+
+def test_auto_chooses_by_platform_and_feature():
+    def choose(platform, num_pairs=100, **change):
+        return Auto().resolve(platform, FEATURES._replace(**change), num_pairs)
+
+    assert choose("tpu") == Splash()
+    assert choose("gpu") == choose("cuda") == Cudnn()
+    assert choose("cpu") == choose("tpu", window=True) == choose("gpu", dtype="float32") == Plain()
+    assert choose("cpu", num_pairs=1 << 23) == choose("gpu", num_pairs=1 << 23, sinks=True) == Chunked()
+    # Only the plain kernel drops weights.
+    assert choose("tpu", num_pairs=1 << 23, dropout_rate=0.1) == Plain()
+
+
+def test_auto_computes_on_this_platform():
+    (q, k, v), side = make_inputs()
+    side = side._replace(bidirectional=jnp.zeros_like(side.bidirectional))
+    layout, scoring = Layout(side, side, True), Scoring(scale=0.3)
+    for kernel in (Auto(), Auto(plain_up_to=1)):
+        out = attend(Ring(), kernel, (q, k, v), layout, scoring)
+        np.testing.assert_allclose(out, Plain().attend(q, k, v, layout, scoring), atol=2e-6)
+
+
+def test_splash_attention_lowers_for_a_tpu():
+    """The real kernel, not interpreted, in a program for TPUs; lowered only, since there is none to run it on."""
+    (q, k, v), side = make_inputs()
+    layout = Layout(side, side, True)
+    grad = jax.grad(lambda qkv: Splash().attend(*qkv, layout, SCORINGS["soft_cap"]).sum())
+    text = jax.jit(grad).trace((q, k, v)).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 3

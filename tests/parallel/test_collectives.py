@@ -1,0 +1,104 @@
+"""What is read from a program's text: kinds, bytes, turns of loops; and the collectives of each way of attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from lm import parallel
+from lm.models import AllToAll, Plain, Ring
+from lm.models.attention import Layout, Scoring, Side
+from lm.models.context_parallel import attend
+from lm.parallel import Traffic
+
+# As XLA writes it: a loop of 3 turns around an all-gather, a call, and an asynchronous permutation.
+TEXT = """HloModule jit_f
+
+%body.1 (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
+  %ag = f32[8,16]{1,0} all-gather(%x), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %t = (s32[], f32[8,16]{1,0}) tuple(%i, %ag)
+}
+
+%called.2 (p: bf16[4]) -> bf16[4] {
+  ROOT %ar = bf16[4]{0} all-reduce(%p), channel_id=2, to_apply=%add
+}
+
+ENTRY %main.3 (x: f32[2,16]) -> f32[8,16] {
+  %w = (s32[], f32[8,16]{1,0}) while(%t0), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  %c1 = bf16[4]{0} call(%y), to_apply=%called.2
+  %c2 = bf16[4]{0} call(%c1), to_apply=%called.2
+  %a2a = (f32[1,8]{1,0}, f32[1,8]{1,0}) all-to-all(%u, %v), channel_id=4
+  %s = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%z), channel_id=3
+  ROOT %d = f32[5]{0} collective-permute-done(%s)
+}
+"""
+
+
+def test_known_answer():
+    assert parallel.count_collectives(TEXT) == {
+        "all-gather": Traffic(3, 3 * 8 * 16 * 4),
+        "all-reduce": Traffic(2, 2 * 4 * 2),
+        "all-to-all": Traffic(1, 2 * 8 * 4),
+        "collective-permute": Traffic(1, 5 * 4),
+    }
+    assert parallel.list_collectives(TEXT)[0].dimensions == [(8, 16)]
+
+
+def count_attention(way, size, causal=True):
+    """Counts the collectives of attention, forward alone and with its gradient."""
+    rng = np.random.default_rng(0)
+    arrays = tuple(rng.normal(size=(2, 16, 4, 8)).astype(np.float32) for _ in range(3))
+    ids = np.ones((2, 16), np.int32)
+    places = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))
+    side = Side(ids, places, ids > 1, places[0])
+    mesh = parallel.build_mesh(parallel.MeshConfig(data=1, context=size), jax.devices()[:size])
+    with parallel.use(mesh, parallel.DEFAULT_RULES):
+        place = jax.sharding.NamedSharding(mesh, P(None, "context"))
+        arrays = jax.device_put(arrays, place)
+
+        def mean(arrays, side):
+            return attend(way, Plain(), arrays, Layout(side, side, causal), Scoring(scale=0.3))
+
+        def compiled(function):
+            return jax.jit(function).lower(arrays, side).compile().as_text()
+
+        forward = parallel.count_collectives(compiled(mean))
+        both = parallel.count_collectives(compiled(jax.grad(lambda arrays, side: jnp.sum(mean(arrays, side) ** 2))))
+    return forward, both
+
+
+def counts(found):
+    return {kind: traffic.count for kind, traffic in found.items()}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_ring_sends_keys_on_and_nothing_else(size):
+    forward, both = count_attention(Ring(zigzag=False), size)
+    # Keys with values, and where they stand, to the next device, size - 1 times.
+    assert counts(forward) == {"collective-permute": 2 * (size - 1)}
+    local = 2 * 16 // size * 4
+    assert forward["collective-permute"].bytes == (size - 1) * 4 * (local * 16 + 4 * 2 * 16 // size)
+    # And the gradients of keys with values back.
+    assert counts(both) == {"collective-permute": 3 * (size - 1)}
+
+
+def test_dealing_costs_two_permutations_of_each_array_more():
+    forward, _ = count_attention(Ring(), 4)
+    # Queries, keys with values, where they stand, and the result.
+    assert counts(forward) == {"collective-permute": 2 * 3 + 2 * 4}
+    # A sequence read both ways is as it is.
+    assert counts(count_attention(Ring(), 4, causal=False)[0]) == {"collective-permute": 2 * 3}
+
+
+def test_an_exchange_is_three_of_arrays_and_one_of_places():
+    forward, both = count_attention(AllToAll(), 4)
+    # Queries, keys with values, and the result.
+    assert counts(forward) == {"all-to-all": 3, "all-gather": 1}
+    assert forward["all-gather"].bytes <= 4 * 4 * 2 * 16
+    assert counts(both) == {"all-to-all": 6, "all-gather": 1}
+
+
+def test_one_device_has_nobody_to_talk_to():
+    forward, both = count_attention(Ring(), 1)
+    assert forward == both == {}
