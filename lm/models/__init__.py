@@ -2,9 +2,9 @@
 
 from lm.models.attention import Chunked as Chunked
 from lm.models.attention import Plain as Plain
-from lm.models.context_parallel import AllToAll as AllToAll
 from lm.models.context_parallel import Gather as Gather
 from lm.models.context_parallel import Ring as Ring
+from lm.models.context_parallel import Ulysses as Ulysses
 from lm.models.decoder import Decoder as Decoder
 from lm.models.dispatch import Capacity as Capacity
 from lm.models.dispatch import Dense as Dense

@@ -127,7 +127,7 @@ class Gather:
         if kernel.opaque:
             problems.append(
                 f"config.model.attention.kernel {type(kernel).__name__} is not divided by the compiler: set"
-                " context_parallel to AllToAll, or the kernel to Chunked or Plain"
+                " context_parallel to Ulysses, or the kernel to Chunked or Plain"
             )
         return problems + _uneven(lengths, shards, f"one for each device of mesh.context {shards}")
 
@@ -215,7 +215,7 @@ class Ring:
         if kernel.opaque:
             problems.append(
                 f"config.model.attention.kernel {type(kernel).__name__} cannot add to a softmax, as a ring needs: set"
-                " context_parallel to AllToAll, or the kernel to Chunked or Plain"
+                " context_parallel to Ulysses, or the kernel to Chunked or Plain"
             )
         pieces = 2 * shards if self.zigzag else shards
         reason = f"{pieces // shards} for each device of mesh.context {shards}"
@@ -223,7 +223,7 @@ class Ring:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AllToAll:
+class Ulysses:
     """Devices exchange stretches of all heads for all positions of some heads, and back (Jacobs et al. 2023, Ulysses).
 
     Fewer messages than a ring, but no more devices than heads. Where a device would get less than one key head, key
@@ -256,7 +256,7 @@ class AllToAll:
         if heads.queries % shards or heads.queries % repeated:
             problems.append(
                 f"config.mesh.context {shards} does not divide the {heads.queries} query heads and {heads.keys} key"
-                " heads of a device, which AllToAll exchanges for positions: use another mesh, or the Ring"
+                " heads of a device, which Ulysses exchanges for positions: use another mesh, or the Ring"
             )
         return problems + _uneven(lengths, shards, f"one for each device of mesh.context {shards}")
 
@@ -288,7 +288,7 @@ def _unpack(packed: jax.Array) -> Side:
     return Side(packed[0], packed[1], packed[2] != 0, packed[3, 0])
 
 
-ContextParallel = Ring | AllToAll | Gather
+ContextParallel = Ring | Ulysses | Gather
 
 
 def attend(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.attention import Chunked, Features, Layout, Plain, Scoring
-from lm.models.context_parallel import AllToAll, Gather, Heads, Ring, attend
+from lm.models.context_parallel import Gather, Heads, Ring, Ulysses, attend
 from lm.models.kernels import Auto, Cudnn, Splash
 from lm.models.layers import Einsum, Norm, fold
 from lm.models.multihead import Cache, Context
@@ -47,7 +47,7 @@ class Latent:
     scale: float | None = None
     dropout_rate: float = 0.0
     kernel: Plain | Chunked | Cudnn | Splash | Auto = Plain()
-    context_parallel: Ring | AllToAll | Gather = Ring()
+    context_parallel: Ring | Ulysses | Gather = Ring()
 
     def build(
         self, config: "Transformer", layer: "Layer", *, causal: bool, cross: bool, gain: float, name: str

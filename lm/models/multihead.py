@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.attention import Bias, Chunked, Features, Layout, Plain, RelativeVectors, Scoring, Side
-from lm.models.context_parallel import AllToAll, Gather, Heads, Ring, attend
+from lm.models.context_parallel import Gather, Heads, Ring, Ulysses, attend
 from lm.models.initializers import Constant
 from lm.models.kernels import Auto, Cudnn, Splash
 from lm.models.layers import Einsum, Norm, declare, fold
@@ -72,7 +72,7 @@ class MultiHead:
     sinks: bool = False
     dropout_rate: float = 0.0
     kernel: Plain | Chunked | Cudnn | Splash | Auto = Plain()
-    context_parallel: Ring | AllToAll | Gather = Ring()
+    context_parallel: Ring | Ulysses | Gather = Ring()
 
     def build(
         self, config: "Transformer", layer: "Layer", *, causal: bool, cross: bool, gain: float, name: str

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lm import parallel
-from lm.models import AllToAll, Chunked, Decoder, Gather, Plain, Relative, Ring
+from lm.models import Chunked, Decoder, Gather, Plain, Relative, Ring, Ulysses
 from lm.models.attention import Layout, RelativeVectors, Scoring
 from lm.models.context_parallel import Heads, attend
 from lm.parallel import DEFAULT_RULES
@@ -29,11 +29,11 @@ CASES = {
     "ring, relative vectors": (Ring(), Plain(), BY_TWO, RELATIVE, True, None),
     "ring both ways, window": (Ring(), Plain(), BY_FOUR, SCORINGS["sinks"], False, 4),
     "ring both ways, bias": (Ring(), Plain(), BY_TWO, SCORINGS["bias"], False, None),
-    "exchange, window, soft cap": (AllToAll(), Plain(), BY_FOUR, SCORINGS["soft_cap"], True, 3),
-    "exchange, sinks": (AllToAll(), Plain(), BY_TWO, SCORINGS["sinks"], True, None),
-    "exchange, chunks, bias": (AllToAll(), Chunked(chunk=3), BY_FOUR, SCORINGS["bias"], True, None),
-    "exchange both ways, bias": (AllToAll(), Plain(), BY_TWO, SCORINGS["bias"], False, None),
-    "exchange, relative vectors": (AllToAll(), Plain(), BY_FOUR, RELATIVE, True, None),
+    "exchange, window, soft cap": (Ulysses(), Plain(), BY_FOUR, SCORINGS["soft_cap"], True, 3),
+    "exchange, sinks": (Ulysses(), Plain(), BY_TWO, SCORINGS["sinks"], True, None),
+    "exchange, chunks, bias": (Ulysses(), Chunked(chunk=3), BY_FOUR, SCORINGS["bias"], True, None),
+    "exchange both ways, bias": (Ulysses(), Plain(), BY_TWO, SCORINGS["bias"], False, None),
+    "exchange, relative vectors": (Ulysses(), Plain(), BY_FOUR, RELATIVE, True, None),
     "gathered, bias": (Gather(), Plain(), BY_TWO, SCORINGS["bias"], True, None),
 }
 
@@ -75,7 +75,7 @@ def test_a_divided_sequence_changes_nothing(name):
     compare(CASES[name], arrays, side, side)
 
 
-@pytest.mark.parametrize("way", [Ring(), AllToAll()], ids=["ring", "exchange"])
+@pytest.mark.parametrize("way", [Ring(), Ulysses()], ids=["ring", "exchange"])
 def test_cross_attention_reads_a_divided_source_of_another_length(way):
     (q, k, v), keys = make_arrays()
     queries = make_side([[1] * 3 + [2] * 5, [1] * 8, [1] * 4 + [3] * 4, [2] * 8])
@@ -90,8 +90,8 @@ def test_what_cannot_be_divided_is_told():
         "config.data.sequence_length 18 does not divide into 4 pieces, 2 for each device of mesh.context 2: make it a"
         " multiple of 4"
     )
-    assert AllToAll().problems(Plain(), 0.0, heads, {}, 4) == []
-    (line,) = AllToAll().problems(Plain(), 0.0, heads, {}, 8)
+    assert Ulysses().problems(Plain(), 0.0, heads, {}, 4) == []
+    (line,) = Ulysses().problems(Plain(), 0.0, heads, {}, 8)
     assert "mesh.context 8" in line
     assert "4 query heads" in line
     (line,) = Ring().problems(Plain(), 0.1, heads, {}, 2)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from lm import parallel
-from lm.models import AllToAll, Plain, Ring
+from lm.models import Plain, Ring, Ulysses
 from lm.models.attention import Layout, Scoring, Side
 from lm.models.context_parallel import attend
 from lm.parallel import Traffic
@@ -92,7 +92,7 @@ def test_dealing_costs_two_permutations_of_each_array_more():
 
 
 def test_an_exchange_is_three_of_arrays_and_one_of_places():
-    forward, both = count_attention(AllToAll(), 4)
+    forward, both = count_attention(Ulysses(), 4)
     # Queries, keys with values, and the result.
     assert counts(forward) == {"all-to-all": 3, "all-gather": 1}
     assert forward["all-gather"].bytes <= 4 * 4 * 2 * 16

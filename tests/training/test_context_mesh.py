@@ -10,7 +10,7 @@ import pytest
 from lm.batch import Batch
 from lm.config import ConfigError
 from lm.experiment import LossConfig
-from lm.models import AllToAll, Bucketed, Decoder, Encoder, EncoderDecoder, Gather, MultiHead, Ring
+from lm.models import Bucketed, Decoder, Encoder, EncoderDecoder, Gather, MultiHead, Ring, Ulysses
 from lm.optim import SGD, Constant, OptimizerConfig
 from lm.parallel import MESH_AXES, MeshConfig
 from lm.training.assembly import assemble
@@ -30,13 +30,13 @@ THREE = MeshConfig(data=1, fsdp=2, tensor=2, context=2)
 CASES = [
     ("decoder", Ring(), CONTEXT_BY_TENSOR),
     ("decoder", Ring(), THREE),
-    ("decoder", AllToAll(), THREE),
-    ("decoder", AllToAll(), CONTEXT_BY_DATA),
+    ("decoder", Ulysses(), THREE),
+    ("decoder", Ulysses(), CONTEXT_BY_DATA),
     ("decoder", Gather(), CONTEXT_BY_DATA),
     ("encoder", Ring(), CONTEXT_BY_DATA),
-    ("encoder", AllToAll(), THREE),
+    ("encoder", Ulysses(), THREE),
     ("encoder-decoder", Ring(zigzag=False), THREE),
-    ("encoder-decoder", AllToAll(), CONTEXT_BY_DATA),
+    ("encoder-decoder", Ulysses(), CONTEXT_BY_DATA),
 ]
 
 
@@ -115,4 +115,4 @@ def test_lengths_and_heads_that_do_not_divide_are_named():
     with pytest.raises(ConfigError, match=r"config\.data\.sequence_length 24 does not divide into 16 pieces"):
         assemble(short, TOKENIZER)
     with pytest.raises(ConfigError, match=r"config\.mesh\.context 8 does not divide the 4 query heads"):
-        assemble(make_config("decoder", AllToAll(), MeshConfig(data=1, context=8)), TOKENIZER)
+        assemble(make_config("decoder", Ulysses(), MeshConfig(data=1, context=8)), TOKENIZER)
