@@ -3,6 +3,7 @@
 from lm.models.attention import Chunked as Chunked
 from lm.models.attention import Plain as Plain
 from lm.models.decoder import Decoder as Decoder
+from lm.models.dispatch import AllToAll as AllToAll
 from lm.models.dispatch import Capacity as Capacity
 from lm.models.dispatch import Dense as Dense
 from lm.models.dispatch import Dropless as Dropless

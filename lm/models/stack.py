@@ -55,16 +55,14 @@ class Group(nn.Module):
     def __call__(self, x_BTD: jax.Array, each: tuple[jax.Array, Any], context: Context) -> tuple[Any, Any]:
         """Applies the blocks; `each` is (i32[], number of the first of them; their caches, by name, or None)."""
         first, caches = each
-        losses: Sums = {}
-        metrics: Sums = {}
+        tallies = {}
         new_caches = {}
         for i, layer in enumerate(self.layers):
             name = f"block_{i}"
             block = Block(self.config, layer, self.causal, self.cross, name=name)
             cache = None if caches is None else caches[name]
-            x_BTD, (new_caches[name], layer_losses, layer_metrics) = block(x_BTD, first + i, context, cache)
-            losses, metrics = add_sums(losses, layer_losses), add_sums(metrics, layer_metrics)
-        return x_BTD, (None if caches is None else new_caches, losses, metrics)
+            x_BTD, (new_caches[name], tallies[name]) = block(x_BTD, first + i, context, cache)
+        return x_BTD, (None if caches is None else new_caches, tallies)
 
 
 class Stack(nn.Module):
@@ -97,9 +95,10 @@ class Stack(nn.Module):
             indices = first + len(layers) * jnp.arange(repeats, dtype=jnp.int32)
             group = self._repeated(repeats)(config, layers, self.causal, self.cross, name=name)
             cache = None if caches is None else caches[name]
-            x_BTD, (new_caches[name], run_losses, run_metrics) = group(x_BTD, (indices, cache), context)
-            losses = add_sums(losses, jax.tree.map(lambda x: x.sum(axis=0), run_losses))
-            metrics = add_sums(metrics, jax.tree.map(lambda x: x.sum(axis=0), run_metrics))
+            x_BTD, (new_caches[name], tallies) = group(x_BTD, (indices, cache), context)
+            for number, layer in enumerate(layers):
+                found = (layer.mlp or config.mlp).summarize(tallies[f"block_{number}"])
+                losses, metrics = add_sums(losses, found[0]), add_sums(metrics, found[1])
             first += len(layers) * repeats
         return x_BTD, (None if caches is None else new_caches), losses, metrics
 

@@ -5,9 +5,16 @@ from lm.parallel.axes import LOGICAL_AXES as LOGICAL_AXES
 from lm.parallel.axes import Rules as Rules
 from lm.parallel.axes import constrain as constrain
 from lm.parallel.axes import current as current
+from lm.parallel.axes import inside as inside
+from lm.parallel.axes import is_divided as is_divided
 from lm.parallel.axes import shapes_only as shapes_only
 from lm.parallel.axes import spec as spec
 from lm.parallel.axes import use as use
+from lm.parallel.manual import by_device as by_device
+from lm.parallel.manual import carriers as carriers
+from lm.parallel.manual import gather_weight as gather_weight
+from lm.parallel.manual import own_part as own_part
+from lm.parallel.manual import place_rows as place_rows
 from lm.parallel.mesh import MESH_AXES as MESH_AXES
 from lm.parallel.mesh import MeshConfig as MeshConfig
 from lm.parallel.mesh import build_mesh as build_mesh

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from lm.parallel.mesh import MESH_AXES
 
@@ -20,6 +20,7 @@ LOGICAL_AXES = (
     # activations
     "batch",  # B
     "length",  # T or S
+    "residual_length",  # T of the residual stream, between the branches of a block
     "kv_length",  # S of keys and values, when it differs in placement from the queries'
     "activation_embed",  # D of an activation
     "activation_heads",  # N or K of an activation
@@ -67,6 +68,14 @@ class Rules:
                             f"row {name!r} of the sharding table names mesh axis {axis!r}; known: {MESH_AXES}"
                         )
 
+    def without(self, mesh_axes: frozenset[str]) -> "Rules":
+        """Returns the table with these mesh axes in no row."""
+
+        def strip(table: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
+            return {name: tuple(axis for axis in row if axis not in mesh_axes) for name, row in table.items()}
+
+        return dataclasses.replace(self, parameters=strip(self.parameters), activations=strip(self.activations))
+
 
 def spec(axes: tuple[str | None, ...], table: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
     """Resolves logical axis names to a PartitionSpec; a mesh axis is used once per array, first come.
@@ -93,6 +102,8 @@ def spec(axes: tuple[str | None, ...], table: Mapping[str, tuple[str, ...]]) -> 
 class _Scope:
     mesh: Mesh
     rules: Rules
+    # Whether the code that is traced is that of one device, where arrays are parts and nothing is left to place.
+    alone: bool = False
 
 
 # None where shapes alone are wanted and there may be no device yet.
@@ -106,6 +117,21 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     try:
         with jax.set_mesh(mesh):
             yield
+    finally:
+        _SCOPES.pop()
+
+
+@contextlib.contextmanager
+def inside(without: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Puts the scope in force for code that is traced inside `jax.shard_map`.
+
+    Args:
+      without: the mesh axes that the code is of one device of, while the others go on as before; empty are all.
+    """
+    mesh, rules = current()
+    _SCOPES.append(_Scope(mesh, rules.without(without), alone=not without))
+    try:
+        yield
     finally:
         _SCOPES.pop()
 
@@ -132,6 +158,18 @@ def current() -> tuple[Mesh, Rules]:
     return scope.mesh, scope.rules
 
 
+def inside_device() -> bool:
+    """Returns whether the code that is traced is that of one device."""
+    scope = _SCOPES[-1] if _SCOPES else None
+    return scope is not None and scope.alone
+
+
+def is_divided() -> bool:
+    """Returns whether arrays are spread over several devices: not where shapes alone are wanted."""
+    scope = _SCOPES[-1] if _SCOPES else None
+    return scope is not None and scope.mesh.size > 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Says where an activation lives, by the meaning of its axes.
 
@@ -149,9 +187,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     mesh, rules = current()
     resolved = spec(axes, rules.activations)
-    if mesh.size == 1:
+    if mesh.size == 1 or inside_device():
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, resolved))
+    # Without its mesh: inside `jax.shard_map` over some axes the one in force is another.
+    return jax.lax.with_sharding_constraint(x, resolved)
 
 
 # One row per logical axis; the presets differ only in mesh shape, because an axis of size 1 costs nothing.
@@ -174,6 +213,7 @@ DEFAULT_RULES = Rules(
         {
             "batch": ("data", "fsdp", "expert"),
             "length": ("context",),
+            "residual_length": ("context",),
             "kv_length": (),
             "activation_heads": ("tensor",),
             "activation_mlp": ("tensor",),
