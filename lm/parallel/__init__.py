@@ -17,4 +17,9 @@ from lm.parallel.manual import own_part as own_part
 from lm.parallel.manual import place_rows as place_rows
 from lm.parallel.mesh import MESH_AXES as MESH_AXES
 from lm.parallel.mesh import MeshConfig as MeshConfig
+from lm.parallel.mesh import Pipeline as Pipeline
 from lm.parallel.mesh import build_mesh as build_mesh
+from lm.parallel.pipeline import num_pieces as num_pieces
+from lm.parallel.pipeline import run_pipeline as run_pipeline
+from lm.parallel.pipeline import uneven as uneven
+from lm.parallel.sharding import Sharding as Sharding

@@ -12,7 +12,7 @@ from types import MappingProxyType
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from lm.parallel.mesh import MESH_AXES
+from lm.parallel.mesh import MESH_AXES, Pipeline
 
 # What an axis of a parameter or an activation can mean. Parameters and activations have separate
 # names for the model dimension, so that FSDP shards the one and not the other.
@@ -50,15 +50,24 @@ class Rules:
     """The table: logical axis -> mesh axes, one row per logical axis; () keeps the axis whole.
 
     Attributes:
-      parameters: rows used for parameters, gradients and optimizer state.
+      parameters: rows used for parameters.
       activations: rows used by `constrain`.
+      pipeline: how stages share a batch.
+      optimizer: rows used for optimizer state, gradients and parameter average; None means those of parameters.
     """
 
     parameters: Mapping[str, tuple[str, ...]]
     activations: Mapping[str, tuple[str, ...]]
+    pipeline: Pipeline = Pipeline()
+    optimizer: Mapping[str, tuple[str, ...]] | None = None
+
+    @property
+    def state(self) -> Mapping[str, tuple[str, ...]]:
+        """Rows used for what belongs to a parameter: optimizer state, gradient, average."""
+        return self.parameters if self.optimizer is None else self.optimizer
 
     def __post_init__(self) -> None:
-        for table in (self.parameters, self.activations):
+        for table in (self.parameters, self.activations, self.state):
             for name, mesh_axes in table.items():
                 if name not in LOGICAL_AXES:
                     raise ValueError(f"unknown logical axis {name!r} in the sharding table; known: {LOGICAL_AXES}")
@@ -198,7 +207,7 @@ DEFAULT_RULES = Rules(
     parameters=MappingProxyType(
         {
             "vocab": ("tensor",),
-            "embed": ("fsdp",),
+            "embed": ("fsdp", "expert", "context", "stage"),
             "heads": ("tensor",),
             "kv_heads": ("tensor",),
             "mlp": ("tensor",),
@@ -211,7 +220,7 @@ DEFAULT_RULES = Rules(
     ),
     activations=MappingProxyType(
         {
-            "batch": ("data", "fsdp", "expert"),
+            "batch": ("data", "fsdp", "expert", "stage"),
             "length": ("context",),
             "residual_length": ("context",),
             "kv_length": (),
