@@ -14,7 +14,7 @@ from lm.document import Layout
 from lm.models import Decoder, Electra, Encoder, EncoderDecoder
 from lm.objectives import ALBERT, BART, BERT, AnyObjective, Causal, MaskedLM, SpanCorruption
 from lm.optim import OptimizerConfig
-from lm.parallel import MeshConfig
+from lm.parallel import MeshConfig, Sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,7 @@ class Experiment:
       optimizer: optimizer, schedule, clipping, weight decay, parameter average.
       loss: what is minimised.
       mesh: how many devices each mesh axis has.
+      sharding: how the axes of the mesh are used.
       num_steps: optimizer updates of the whole run.
       batch_size: rows per update, over all devices and microbatches.
       num_microbatches: pieces a batch is cut into to save memory; the result is that of one batch.
@@ -153,6 +154,7 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig()
     loss: LossConfig = LossConfig()
     mesh: MeshConfig = MeshConfig()
+    sharding: Sharding = Sharding()
     num_steps: int = 1000
     batch_size: int = 32
     num_microbatches: int = 1

@@ -6,6 +6,7 @@ from lm.models.context_parallel import Gather as Gather
 from lm.models.context_parallel import Ring as Ring
 from lm.models.context_parallel import Ulysses as Ulysses
 from lm.models.decoder import Decoder as Decoder
+from lm.models.dispatch import AllToAll as AllToAll
 from lm.models.dispatch import Capacity as Capacity
 from lm.models.dispatch import Dense as Dense
 from lm.models.dispatch import Dropless as Dropless

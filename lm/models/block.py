@@ -75,7 +75,7 @@ class Block(nn.Module):
           cache: this layer's keys and values, or None.
 
         Returns:
-          [B, T, D], and (cache, losses, metrics).
+          [B, T, D], and (cache, the tally of the feed-forward layer).
         """
         context = context._replace(key=fold(context.key, index))
         attend = functools.partial(self._attend, "attention", ATTENTION, context, cache)
@@ -84,16 +84,16 @@ class Block(nn.Module):
 
             def both(x_BTD: jax.Array) -> tuple[jax.Array, Any]:
                 attended_BTD, new_cache = attend(x_BTD)
-                y_BTD, sums = feed_forward(x_BTD)
-                return attended_BTD + y_BTD, (new_cache, *sums)
+                y_BTD, tally = feed_forward(x_BTD)
+                return attended_BTD + y_BTD, (new_cache, tally)
 
             return self._branch(x_BTD, "attention", ATTENTION, context, both)
         x_BTD, cache = self._branch(x_BTD, "attention", ATTENTION, context, attend)
         if self.cross:
             attend = functools.partial(self._attend, "cross", CROSS, context, cache)
             x_BTD, cache = self._branch(x_BTD, "cross", CROSS, context, attend)
-        x_BTD, sums = self._branch(x_BTD, "mlp", MLP, context, feed_forward)
-        return x_BTD, (cache, *sums)
+        x_BTD, tally = self._branch(x_BTD, "mlp", MLP, context, feed_forward)
+        return x_BTD, (cache, tally)
 
     def _attend(
         self, name: str, purpose: int, context: Context, cache: Cache, x_BTD: jax.Array
@@ -106,8 +106,7 @@ class Block(nn.Module):
     def _feed_forward(self, context: Context, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
         gain = self.config.deep_norm(self.causal)[1]
         module = (self.layer.mlp or self.config.mlp).build(self.config, gain=gain, name="mlp")
-        y_BTD, losses, metrics = module(x_BTD, context._replace(key=fold(context.key, MLP)))
-        return y_BTD, (losses, metrics)
+        return module(x_BTD, context._replace(key=fold(context.key, MLP)))
 
     def _branch(
         self, x_BTD: jax.Array, name: str, purpose: int, context: Context, branch: Callable[..., tuple[jax.Array, Any]]
@@ -122,7 +121,7 @@ class Block(nn.Module):
         x_BTD = x_BTD * config.deep_norm(self.causal)[0] + y_BTD
         if placement.after_sum:
             x_BTD = self._norm(f"{name}_norm", x_BTD)
-        return constrain(x_BTD, "batch", "length", "activation_embed"), rest
+        return constrain(x_BTD, "batch", "residual_length", "activation_embed"), rest
 
     def _is_normalized(self, name: str) -> bool:
         """Returns whether a branch has a norm before it."""

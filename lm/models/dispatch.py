@@ -1,44 +1,48 @@
-"""How tokens reach their experts and come back: with a capacity, without one, or all to all.
+"""How tokens reach their experts and come back: sorted on their device, sent, with a capacity, or all to all.
 
 Knows no router and no weights: experts are a function of rows, given how a row finds its expert. J in a
-shape is the number of experts per token, A the number of selections (tokens times J). Laws: where
-nothing is dropped, all dispatches agree; what is padding or dropped comes back as zero, with zero gradient.
+shape is the number of experts per token, A the number of selections (tokens times J), S of slots. Laws:
+where nothing is dropped, all dispatches agree on any mesh, dropout included; what is padding or dropped
+comes back as zero, with zero gradient.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from lm import parallel
+from lm.models.division import Division, Experts, Selections, select, token_keys
 from lm.models.grouped import grouped_product
-from lm.models.products import Product, contract
+from lm.models.products import contract
 from lm.models.routing import Routing
 from lm.parallel import constrain
 
-# (rows, axes of the rows, product) -> results of the experts. The axes are the letters of the rows without the last
-# one, E for experts where there is such an axis; the product finds the expert of each row where there is none.
-Experts = Callable[[jax.Array, str, Product], jax.Array]
 
-
-def combine(y_BTJD: jax.Array, routing: Routing, dtype: jnp.dtype) -> jax.Array:
-    """Returns the weighted sum of the results of a token's experts, summed in float32; zero for padding."""
+def combine(y_BTJD: jax.Array, routing: Routing) -> jax.Array:
+    """Returns f32, the weighted sum of the results of a token's experts; zero for padding."""
     gates_BTJ = jnp.where(routing.valid_BT[:, :, None], routing.gates_BTJ, 0.0)
-    return jnp.einsum("BTJD,BTJ->BTD", y_BTJD.astype(jnp.float32), gates_BTJ).astype(dtype)
+    return jnp.einsum("BTJD,BTJ->BTD", y_BTJD.astype(jnp.float32), gates_BTJ)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dense:
     """Every expert computes every token; the reference, at num_experts / num_selected times the cost."""
 
-    def run(self, x_BTD: jax.Array, routing: Routing, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    def run(
+        self, x_BTD: jax.Array, routing: Routing, experts: Experts, key_B: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns [B, T, D], and f32[], how many selections were dropped."""
         num_experts = routing.probabilities_BTE.shape[-1]
         # Rows of every expert are the same: broadcast, and left to the compiler not to copy.
         x_EBTD = jnp.broadcast_to(x_BTD[None], (num_experts, *x_BTD.shape))
-        y_EBTD = experts(x_EBTD, "EBT", contract)
+        tokens_BTE = jax.lax.broadcasted_iota(jnp.int32, routing.probabilities_BTE.shape, 1)
+        experts_BTE = jax.lax.broadcasted_iota(jnp.int32, routing.probabilities_BTE.shape, 2)
+        keys_BTE = token_keys(key_B, tokens_BTE, experts_BTE)
+        keys_EBT = None if keys_BTE is None else jnp.moveaxis(keys_BTE, -1, 0)
+        y_EBTD = experts.compute(experts.weights, x_EBTD, "EBT", contract, keys_EBT)
         hot_BTJE = jax.nn.one_hot(routing.experts_BTJ, num_experts, dtype=jnp.float32)
         gates_BTE = jnp.einsum("BTJE,BTJ->BTE", hot_BTJE, routing.gates_BTJ) * routing.valid_BT[:, :, None]
         y_BTD = jnp.einsum("EBTD,BTE->BTD", y_EBTD.astype(jnp.float32), gates_BTE)
@@ -47,6 +51,30 @@ class Dense:
     def problems(self) -> list[str]:
         """Returns no problem."""
         return []
+
+
+def _multiply_sorted(
+    x_AD: jax.Array, ids_A: jax.Array, keys_A: jax.Array | None, weights: dict[str, jax.Array], experts: Experts
+) -> jax.Array:
+    """Returns [A, D], what the experts of `weights` say of rows; zero for ids that are none of theirs."""
+    num_experts = len(weights["up"])
+    ids_A = jnp.where((ids_A >= 0) & (ids_A < num_experts), ids_A, num_experts)
+    # What is of no expert here sorts behind the last one, where no group reaches.
+    order_A, inverse_A, sizes_E = sort_by_expert(ids_A, num_experts)
+    keys_A = None if keys_A is None else jax.random.wrap_key_data(jnp.take(keys_A, order_A, axis=0))
+    product = functools.partial(grouped_product, sizes_E)
+    y_AD = experts.compute(weights, permute(x_AD, order_A, inverse_A), "A", product, keys_A)
+    return permute(y_AD, inverse_A, order_A)
+
+
+def _mix_sorted(selected: Selections, weights: dict[str, jax.Array], experts: Experts) -> jax.Array:
+    """Returns f32[B, T, D], the weighted sum over the experts of `weights`; their numbers start at 0."""
+    batch, length, num_selected = selected.experts_BTJ.shape
+    x_AD = jnp.repeat(selected.x_BTD.reshape(batch * length, -1), num_selected, axis=0)
+    keys_A = None if selected.keys_BTJ is None else selected.keys_BTJ.reshape(len(x_AD), -1)
+    y_AD = _multiply_sorted(x_AD, selected.experts_BTJ.reshape(-1), keys_A, weights, experts)
+    y_BTJD = y_AD.reshape(batch, length, num_selected, -1).astype(jnp.float32)
+    return jnp.einsum("BTJD,BTJ->BTD", y_BTJD, selected.gates_BTJ)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +94,9 @@ class Capacity:
         """Returns C, the room of an expert for tokens of one row."""
         return min(length, max(1, math.ceil(self.factor * length * num_selected / num_experts)))
 
-    def run(self, x_BTD: jax.Array, routing: Routing, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    def run(
+        self, x_BTD: jax.Array, routing: Routing, experts: Experts, key_B: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns [B, T, D], and f32[], how many selections were dropped."""
         batch, length, width = x_BTD.shape
         num_experts, num_selected = routing.probabilities_BTE.shape[-1], routing.experts_BTJ.shape[-1]
@@ -76,11 +106,14 @@ class Capacity:
         rows = jax.vmap(lambda x_TD, ids: jnp.take(x_TD, ids, axis=0, mode="fill", fill_value=0))
         x_EBCD = jnp.swapaxes(rows(x_BTD, tokens_BEC), 0, 1)
         x_EBCD = constrain(x_EBCD, "activation_experts", "batch", "capacity", "activation_embed")
-        y_EBCD = experts(x_EBCD, "EBC", contract)
+        experts_BEC = jax.lax.broadcasted_iota(jnp.int32, tokens_BEC.shape, 1)
+        keys_BEC = token_keys(key_B, tokens_BEC, experts_BEC)
+        keys_EBC = None if keys_BEC is None else jnp.swapaxes(keys_BEC, 0, 1)
+        y_EBCD = experts.compute(experts.weights, x_EBCD, "EBC", contract, keys_EBC)
         y_BSD = jnp.swapaxes(y_EBCD, 0, 1).reshape(batch, num_experts * size, width)
         y_BTJD = rows(constrain(y_BSD, "batch", None, "activation_embed"), slots_BTJ)
         dropped_BTJ = (slots_BTJ == num_experts * size) & routing.valid_BT[:, :, None]
-        return combine(y_BTJD, routing, x_BTD.dtype), jnp.sum(dropped_BTJ.astype(jnp.float32))
+        return combine(y_BTJD, routing).astype(x_BTD.dtype), jnp.sum(dropped_BTJ.astype(jnp.float32))
 
     def problems(self) -> list[str]:
         """Returns one sentence for each reason why this cannot work."""
@@ -91,23 +124,107 @@ class Capacity:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dropless:
-    """Tokens are sorted by expert and multiplied group by group; nothing is dropped (MegaBlocks, Gale et al. 2022)."""
+    """Tokens are sorted by expert and multiplied group by group; nothing is dropped (MegaBlocks, Gale et al. 2022).
 
-    def run(self, x_BTD: jax.Array, routing: Routing, experts: Experts) -> tuple[jax.Array, jax.Array]:
+    Each device sorts its own tokens. Where experts are divided over devices, each of these gets the tokens of all, adds
+    up what its experts say of them, and the sums are scattered back: all-gather and reduce-scatter.
+    """
+
+    def run(
+        self, x_BTD: jax.Array, routing: Routing, experts: Experts, key_B: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns [B, T, D], and f32[], how many selections were dropped."""
-        batch, length, width = x_BTD.shape
-        num_experts, num_selected = routing.probabilities_BTE.shape[-1], routing.experts_BTJ.shape[-1]
-        # Padding sorts behind the last expert, where no group reaches.
-        ids_A = jnp.where(routing.valid_BT[:, :, None], routing.experts_BTJ, num_experts).reshape(-1)
-        order_A, inverse_A, sizes_E = sort_by_expert(ids_A, num_experts)
-        x_AD = jnp.repeat(x_BTD.reshape(batch * length, width), num_selected, axis=0)
-        product = functools.partial(grouped_product, sizes_E)
-        y_AD = experts(permute(x_AD, order_A, inverse_A), "A", product)
-        y_BTJD = permute(y_AD, inverse_A, order_A).reshape(batch, length, num_selected, width)
-        return combine(y_BTJD, routing, x_BTD.dtype), jnp.zeros((), jnp.float32)
+        selected = select(x_BTD, routing, key_B)
+        if not parallel.is_divided():
+            return _mix_sorted(selected, experts.weights, experts).astype(x_BTD.dtype), jnp.zeros((), jnp.float32)
+
+        def dispatch(division: Division, own: Selections, weights: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            exchanged = division.exchanged
+            if exchanged:
+                own = jax.tree.map(lambda x: jax.lax.all_gather(x, exchanged, axis=0, tiled=True), own)
+            first = division.first_expert(weights)
+            here = own._replace(experts_BTJ=own.experts_BTJ - first)
+            y_BTD = division.sum_hidden(_mix_sorted(here, weights, experts))
+            whole = tuple(axis for axis in division.experts if axis not in exchanged)
+            if whole:
+                y_BTD = jax.lax.psum(y_BTD, whole)
+            if exchanged:
+                y_BTD = jax.lax.psum_scatter(y_BTD, exchanged, scatter_dimension=0, tiled=True)
+            return y_BTD, jnp.zeros((), jnp.float32)
+
+        return Division.of(selected, experts).run(dispatch, selected, experts)
 
     def problems(self) -> list[str]:
         """Returns no problem."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AllToAll:
+    """Tokens are sent to the devices of their experts and sent back, by two all-to-alls of buffers of fixed size.
+
+    Where experts are not divided over devices this is `Dropless`.
+
+    Attributes:
+      factor: room for what one device sends another, times that which even routing needs; what finds no room is
+        dropped, later tokens first, so that what is dropped depends on the mesh. None has room for all that can come,
+        num_devices times as much as even routing needs, and drops nothing.
+    """
+
+    factor: float | None = None
+
+    def room(self, num_selections: int, num_devices: int) -> int:
+        """Returns how many selections one device may send another."""
+        if self.factor is None:
+            return num_selections
+        return min(num_selections, max(1, math.ceil(self.factor * num_selections / num_devices)))
+
+    def run(
+        self, x_BTD: jax.Array, routing: Routing, experts: Experts, key_B: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns [B, T, D], and f32[], how many selections were dropped."""
+        if not parallel.is_divided() or not Division.of(selected := select(x_BTD, routing, key_B), experts).experts:
+            return Dropless().run(x_BTD, routing, experts, key_B)
+        dispatch = functools.partial(self._dispatch, experts)
+        return Division.of(selected, experts).run(dispatch, selected, experts)
+
+    def _dispatch(
+        self, experts: Experts, division: Division, own: Selections, weights: dict[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        num_selected, width = own.experts_BTJ.shape[-1], own.x_BTD.shape[-1]
+        ids_A = own.experts_BTJ.reshape(-1)
+        num_devices = jax.lax.axis_size(division.experts)
+        num_here = len(weights["up"])
+        device_A = ids_A // num_here  # num_devices for padding
+        room = self.room(len(ids_A), num_devices)
+        _, inverse_A, sizes = sort_by_expert(device_A, num_devices)
+        starts = jnp.cumsum(sizes) - sizes
+        place_A = inverse_A - starts[jnp.minimum(device_A, num_devices - 1)]
+        nowhere = num_devices * room
+        slots_A = jnp.where((device_A < num_devices) & (place_A < room), device_A * room + place_A, nowhere)
+        selections_S = jnp.full((nowhere,), len(ids_A)).at[slots_A].set(jnp.arange(len(ids_A)), mode="drop")
+
+        def send(x: jax.Array) -> jax.Array:
+            return jax.lax.all_to_all(x, division.experts, split_axis=0, concat_axis=0, tiled=True)
+
+        def fill(x: jax.Array, rows: jax.Array, value: int) -> jax.Array:
+            return jnp.take(x, rows, axis=0, mode="fill", fill_value=value)
+
+        x_SD = send(fill(own.x_BTD.reshape(-1, width), selections_S // num_selected, 0))
+        ids_S = send(fill(ids_A, selections_S, num_devices * num_here)) - division.first_expert(weights)
+        keys_S = None
+        if own.keys_BTJ is not None:
+            keys_S = send(fill(own.keys_BTJ.reshape(len(ids_A), -1), selections_S, 0))
+        y_SD = send(_multiply_sorted(x_SD, ids_S, keys_S, weights, experts))
+        y_BTJD = fill(y_SD, slots_A, 0).reshape(*own.experts_BTJ.shape, width)
+        y_BTD = jnp.einsum("BTJD,BTJ->BTD", y_BTJD.astype(jnp.float32), own.gates_BTJ)
+        dropped_A = (slots_A == nowhere) & (device_A < num_devices)
+        return division.sum_hidden(y_BTD), jnp.sum(dropped_A.astype(jnp.float32))
+
+    def problems(self) -> list[str]:
+        """Returns one sentence for each reason why this cannot work."""
+        if self.factor is not None and self.factor <= 0:
+            return [f"config.model.mlp.dispatch.factor: {self.factor} is not a positive number"]
         return []
 
 

@@ -302,15 +302,43 @@ class Norm(nn.Module):
 
 
 def fold(key: jax.Array | None, purpose: int | jax.Array) -> jax.Array | None:
-    """Derives the key for a purpose; None (no randomness) stays None."""
-    return None if key is None else jax.random.fold_in(key, purpose)
+    """Derives the key, or array of keys, for a purpose; None (no randomness) stays None.
+
+    Args:
+      key: a key, or an array of them.
+      purpose: a number for all keys, or one for each.
+    """
+    if key is None or not key.ndim:
+        return None if key is None else jax.random.fold_in(key, purpose)
+    purposes = jnp.broadcast_to(jnp.asarray(purpose), key.shape)
+    return jax.vmap(jax.random.fold_in)(key.reshape(-1), purposes.reshape(-1)).reshape(key.shape)
+
+
+def row_keys(key: jax.Array | None, rows: int) -> jax.Array | None:
+    """Returns a key for each row of a batch, key[B], so that no row's randomness depends on which are with it."""
+    return None if key is None else fold(jnp.broadcast_to(key, (rows,)), jnp.arange(rows))
+
+
+def draw(
+    key: jax.Array, shape: tuple[int, ...], sample: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+) -> jax.Array:
+    """Draws an array of `shape`, the axes of `key` first: each key draws its part by `sample(key, shape of a part)`."""
+    if not key.ndim:
+        return sample(key, shape)
+    return jax.vmap(lambda one: sample(one, shape[key.ndim :]))(key.reshape(-1)).reshape(shape)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability `rate` and scales the rest by 1/(1-rate); the identity without a key."""
+    """Zeroes each element with probability `rate` and scales the rest by 1/(1-rate); the identity without a key.
+
+    Args:
+      x: of any shape.
+      rate: in [0, 1).
+      key: a key, or one for each index into the leading axes of `x`: for each row.
+    """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    keep = draw(key, x.shape, lambda one, shape: jax.random.bernoulli(one, 1.0 - rate, shape))
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

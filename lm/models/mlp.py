@@ -1,14 +1,15 @@
 """The feed-forward half of a block, dense: gated or not, with any of the usual activations.
 
 Knows nothing of attention or stacks. What stands in a block's `mlp` slot (this, or a mixture of
-experts) is a config whose `build` gives a module `(x[B, T, D], context) -> (y[B, T, D], losses,
-metrics)`; losses and metrics are dicts of WeightedSum, empty here.
+experts) is a config whose `build` gives a module `(x[B, T, D], context) -> (y[B, T, D], tally)`, and
+whose `summarize` turns tallies into losses and metrics, dicts of WeightedSum. A tally holds sums over
+tokens (None here), so that those of the pieces of a batch add up to that of the batch.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,8 @@ ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
-MlpResult = tuple[jax.Array, dict[str, WeightedSum], dict[str, WeightedSum]]
+MlpResult = tuple[jax.Array, Any]
+Summary = tuple[dict[str, WeightedSum], dict[str, WeightedSum]]
 
 
 @functools.partial(jax.checkpoint, static_argnums=0)
@@ -69,6 +71,11 @@ class Mlp:
         """Returns the module, its initial weights multiplied by `gain`; called in a compact method."""
         return MlpLayer(self, config, gain, name=name)
 
+    def summarize(self, tallies: None) -> Summary:
+        """Returns no losses and no metrics."""
+        del tallies
+        return {}, {}
+
     def problems(self, config: "Transformer") -> list[str]:
         """Returns no problem: every combination works."""
         del config
@@ -90,7 +97,7 @@ class MlpLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context) -> MlpResult:
-        """Returns [B, T, D] and no losses or metrics."""
+        """Returns [B, T, D] and no tally."""
         mlp, config = self.mlp, self.config
         sizes = (("F", mlp.dim or config.mlp_dim),)
         up_BTF = Einsum("BTD,DF->BTF", config, mlp.use_bias, sizes=sizes, scale=self.gain, name="up")(x_BTD)
@@ -102,4 +109,4 @@ class MlpLayer(nn.Module):
         hidden_BTF = constrain(hidden_BTF, "batch", "length", "activation_mlp")
         hidden_BTF = dropout(hidden_BTF, mlp.dropout_rate, fold(context.key, 0))
         down = Einsum("BTF,FD->BTD", config, mlp.use_bias, residual=True, sizes=sizes, scale=self.gain, name="down")
-        return down(hidden_BTF), {}, {}
+        return down(hidden_BTF), None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from lm.batch import Batch, WeightedSum
 from lm.models.attention import Side
 from lm.models.heads import label_sums
-from lm.models.layers import Parameter
+from lm.models.layers import Parameter, row_keys
 from lm.models.multihead import Context
 from lm.models.network import Inputs, Network, encoder_inputs, main_inputs
 from lm.models.stack import add_sums
@@ -124,6 +124,7 @@ class Model:
         """
         inputs = main_inputs(batch)
         side = inputs.side
+        key = row_keys(key, batch.inputs.shape[0])
         context = Context(side, side, key=key)
         losses: dict[str, WeightedSum] = {}
         metrics: dict[str, WeightedSum] = {}

@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.batch import WeightedSum
+from lm.models import division
 from lm.models import routing as balance
-from lm.models.dispatch import Capacity, Dense, Dropless
+from lm.models.dispatch import AllToAll, Capacity, Dense, Dropless
 from lm.models.layers import Constant, Einsum, declare, dropout, fold
-from lm.models.mlp import ACTIVATIONS, Activation, Mlp, MlpResult
+from lm.models.mlp import ACTIVATIONS, Activation, Mlp, MlpResult, Summary
 from lm.models.multihead import Context
 from lm.models.products import Product, contract
 from lm.models.routing import Router, Routing
+from lm.parallel import own_part
 
 if TYPE_CHECKING:
     from lm.models.transformer import Transformer
@@ -55,7 +57,7 @@ class MixtureOfExperts:
       dropout_rate: probability that a hidden unit of an expert is dropped (Switch drops more there than elsewhere).
       router: how experts are selected and weighted.
       shared: an expert for every token; None for none.
-      dispatch: how tokens reach experts: none dropped, a capacity, or all experts for all tokens.
+      dispatch: how tokens reach experts: none dropped, sent to other devices, a capacity, or all to all tokens.
       load_balance: coefficient of the load-balance loss, the mean over layers; 1 is even routing with one expert.
       balance_rows: whether that loss is over each row (DeepSeek, sequence-wise) or over the batch.
       z_loss: coefficient of the loss on the router's logits (ST-MoE).
@@ -69,7 +71,7 @@ class MixtureOfExperts:
     dropout_rate: float = 0.0
     router: Router = Router(normalize=True)
     shared: SharedExpert | None = None
-    dispatch: Dropless | Capacity | Dense = Dropless()
+    dispatch: Dropless | AllToAll | Capacity | Dense = Dropless()
     load_balance: float = 0.01
     balance_rows: bool = False
     z_loss: float = 0.0
@@ -77,6 +79,22 @@ class MixtureOfExperts:
     def build(self, config: "Transformer", *, gain: float, name: str) -> nn.Module:
         """Returns the module, its initial weights multiplied by `gain`; called in a compact method."""
         return MixtureLayer(self, config, gain, name=name)
+
+    def summarize(self, tallies: balance.Tally) -> Summary:
+        """Returns the router's losses times their coefficients, and what is logged of it, summed over layers.
+
+        Args:
+          tallies: of the whole batch, each leaf with a leading axis of layers.
+        """
+        losses = {}
+        if self.load_balance:
+            loss = jax.vmap(functools.partial(balance.load_balance_loss, per_row=self.balance_rows))(tallies)
+            losses["load_balance"] = WeightedSum(self.load_balance * loss.sum, loss.weight)
+        if self.z_loss:
+            loss = balance.z_loss(tallies)
+            losses["router_z"] = WeightedSum(self.z_loss * loss.sum, loss.weight)
+        metrics = jax.vmap(balance.routing_metrics)(jax.lax.stop_gradient(tallies))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), (losses, metrics))
 
     def problems(self, config: "Transformer") -> list[str]:
         """Returns one sentence for each reason why these settings cannot work."""
@@ -113,26 +131,19 @@ class MixtureLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, context: Context) -> MlpResult:
-        """Returns [B, T, D], the router's losses times their coefficients, and what is logged of it."""
+        """Returns [B, T, D], and the sums for `MixtureOfExperts.summarize`."""
         mixture = self.mixture
         logits_BTE, routing = self._route(x_BTD, context)
-        experts = Experts(mixture, self.config, self.gain, name="experts")
-        experts = functools.partial(experts, fold(context.key, HIDDEN))
-        y_BTD, num_dropped = mixture.dispatch.run(x_BTD, routing, experts)
+        experts = Experts(mixture, self.config, self.gain, name="experts")()
+        key = fold(context.key, HIDDEN) if mixture.dropout_rate else None
+        y_BTD, num_dropped = mixture.dispatch.run(x_BTD, routing, experts, key)
         if mixture.shared is not None:
             y_BTD = y_BTD + self._shared(mixture.shared, x_BTD, context)
-        counts_BE = balance.selection_counts(routing)
+        tally = balance.tally(routing, logits_BTE, num_dropped)
         if mixture.router.balancing is not None:
-            counts_E = jnp.sum(counts_BE, axis=0)
+            counts_E = tally.counts_E
             self.sow("statistics", "router_bias", counts_E, init_fn=lambda: jnp.zeros_like(counts_E), reduce_fn=jnp.add)
-        losses = {}
-        if mixture.load_balance:
-            loss = balance.load_balance_loss(routing, counts_BE, per_row=mixture.balance_rows)
-            losses["load_balance"] = WeightedSum(mixture.load_balance * loss.sum, loss.weight)
-        if mixture.z_loss:
-            loss = balance.z_loss(logits_BTE, routing.valid_BT)
-            losses["router_z"] = WeightedSum(mixture.z_loss * loss.sum, loss.weight)
-        return y_BTD, losses, balance.routing_metrics(routing, counts_BE, num_dropped)
+        return y_BTD, tally
 
     def _route(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, Routing]:
         """Returns the router's logits, f32[B, T, E], and the routing."""
@@ -155,7 +166,7 @@ class MixtureLayer(nn.Module):
             dropout_rate=self.mixture.dropout_rate,
         )
         expert = settings.build(self.config, gain=self.gain, name="shared")
-        y_BTD, _, _ = expert(x_BTD, context._replace(key=fold(context.key, SHARED)))
+        y_BTD, _ = expert(x_BTD, context._replace(key=fold(context.key, SHARED)))
         if shared.gated:
             gate = Einsum("BTD,D->BT", self.config, float32_result=True, name="shared_gate")
             y_BTD = y_BTD * jax.nn.sigmoid(gate(x_BTD))[:, :, None].astype(y_BTD.dtype)
@@ -163,7 +174,7 @@ class MixtureLayer(nn.Module):
 
 
 class Experts(nn.Module):
-    """The experts' weights; which rows meet which of them is up to the caller's product.
+    """The experts' weights, and what they compute; which rows meet which of them is up to the dispatch.
 
     Attributes:
       mixture: settings of the mixture.
@@ -176,34 +187,60 @@ class Experts(nn.Module):
     gain: float
 
     @nn.compact
-    def __call__(self, key: jax.Array | None, x: jax.Array, axes: str, product: Product) -> jax.Array:
-        """Applies each row's expert: x[*axes, D] gives the same shape; see `lm.models.dispatch.Experts`."""
+    def __call__(self) -> division.Experts:
+        """Declares the weights and returns them with the function of rows that they make."""
         mixture, config = self.mixture, self.config
-        # A row of "A" is of one expert each, which the weight's equation writes as an axis as well.
-        rows = axes if axes.startswith("E") else f"E{axes}"
         sizes = (("E", mixture.num_experts), ("F", mixture.dim or config.mlp_dim))
-        share = mixture.num_selected / mixture.num_experts
 
-        def linear(name: str, operand: str, result: str, residual: bool = False) -> Einsum:
-            equation = f"{rows}{operand},E{operand}{result}->{rows}{result}"
-            return Einsum(
-                equation,
+        def weight(name: str, operand: str, result: str, residual: bool = False) -> jax.Array:
+            linear = Einsum(
+                f"EA{operand},E{operand}{result}->EA{result}",
                 config,
                 residual=residual,
                 sizes=sizes,
                 scale=self.gain,
-                active_share=share,
+                active_share=mixture.num_selected / mixture.num_experts,
+                float32_result=True,
                 name=name,
             )
+            return linear(jnp.zeros(()), product=kernel_alone)
 
-        activate = ACTIVATIONS[mixture.activation]
-        hidden = linear("up", "D", "F")(x, product=product)
+        weights = {"up": weight("up", "D", "F"), "down": weight("down", "F", "D", residual=True)}
         if mixture.gated:
-            hidden = activate(linear("gate", "D", "F")(x, product=product)) * hidden
+            weights["gate"] = weight("gate", "D", "F")
+        axes = dict.fromkeys(weights, ("experts", "embed", "mlp")) | {"down": ("experts", "mlp", "embed")}
+        return division.Experts(weights, axes, self._compute)
+
+    def _compute(
+        self, weights: dict[str, jax.Array], x: jax.Array, axes: str, product: Product, key: jax.Array | None
+    ) -> jax.Array:
+        """Applies each row's expert: x[*axes, D] gives the same shape; see `lm.models.division.Experts`."""
+        dtype = self.config.compute_dtype
+        # A row of "A" is of one expert each, which the weight's equation writes as an axis as well.
+        rows = axes if axes.startswith("E") else f"E{axes}"
+
+        def linear(name: str, operand: str, result: str, x: jax.Array) -> jax.Array:
+            equation = f"{rows}{operand},E{operand}{result}->{rows}{result}"
+            return product(equation, x, weights[name], dtype).astype(dtype)
+
+        activate = ACTIVATIONS[self.mixture.activation]
+        hidden = linear("up", "D", "F", x)
+        if self.mixture.gated:
+            hidden = activate(linear("gate", "D", "F", x)) * hidden
         else:
             hidden = activate(hidden)
-        hidden = dropout(hidden, mixture.dropout_rate, key)
-        return linear("down", "F", "D", residual=True)(hidden, product=product)
+        if key is not None:
+            # Drawn for all hidden units, of which this device may have a part.
+            width = self.mixture.dim or self.config.mlp_dim
+            scale = dropout(jnp.ones((*hidden.shape[:-1], width), dtype), self.mixture.dropout_rate, key)
+            hidden = hidden * own_part(scale, "mlp")
+        return linear("down", "F", "D", hidden)
+
+
+def kernel_alone(equation: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Hands out the weight instead of a product: what multiplies it is said by the dispatch, on each device."""
+    del equation, x, dtype
+    return kernel
 
 
 def float32_product(equation: str, x: jax.Array, kernel: jax.Array, dtype: jnp.dtype) -> jax.Array:

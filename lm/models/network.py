@@ -69,7 +69,7 @@ class Tower(nn.Module):
         if config.embedding_dim is not None:
             sizes = (("Z", config.embedding_width),)
             x_BTD = Einsum("BTZ,ZD->BTD", config, True, sizes=sizes, name="embedding_projection")(x_BTD)
-        x_BTD = constrain(x_BTD, "batch", "length", "activation_embed")
+        x_BTD = constrain(x_BTD, "batch", "residual_length", "activation_embed")
         stack = Stack(config, self.num_layers, self.causal, self.cross, name="stack")
         x_BTD, caches, losses, metrics = stack(x_BTD, context, caches)
         if config.final_norm:

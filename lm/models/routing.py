@@ -7,6 +7,7 @@ and of collapsed routing it is the number of experts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.batch import WeightedSum
+from lm.models.layers import draw
 
 
 class Routing(NamedTuple):
@@ -135,7 +137,8 @@ class Router:
         x_BTD = x_BTD.astype(jnp.float32)
         if key is None or self.jitter == 0.0:
             return x_BTD
-        return x_BTD * jax.random.uniform(key, x_BTD.shape, minval=1.0 - self.jitter, maxval=1.0 + self.jitter)
+        noise = functools.partial(jax.random.uniform, minval=1.0 - self.jitter, maxval=1.0 + self.jitter)
+        return x_BTD * draw(key, x_BTD.shape, noise)
 
     def route(self, logits_BTE: jax.Array, bias_E: jax.Array | None, num_selected: int, valid_BT: jax.Array) -> Routing:
         """Selects experts for each token.
@@ -168,68 +171,99 @@ class Router:
         return problems
 
 
-def selection_counts(routing: Routing) -> jax.Array:
-    """Counts f32[B, E]: how many tokens of each row selected each expert, padding left out."""
+class Tally(NamedTuple):
+    """Sums over tokens that a router's losses and metrics follow from; those of the pieces of a batch are to be added.
+
+    Attributes:
+      counts_E: f32, how many tokens selected each expert, padding left out.
+      mass_E: f32, sum of the tokens' probabilities of each expert.
+      tokens: f32[], number of tokens.
+      balance_of_rows: f32[], the load-balance loss of each row times its tokens, summed.
+      squared_normalizers: f32[], sum of the squared log-sum-exp of the logits.
+      entropy: f32[], sum of the entropies of the tokens' distributions, in nats.
+      dropped: f32[], selections that an expert had no room for.
+    """
+
+    counts_E: jax.Array
+    mass_E: jax.Array
+    tokens: jax.Array
+    balance_of_rows: jax.Array
+    squared_normalizers: jax.Array
+    entropy: jax.Array
+    dropped: jax.Array
+
+
+def tally(routing: Routing, logits_BTE: jax.Array, dropped: jax.Array) -> Tally:
+    """Sums what is to be known of the routing of a batch, or of a piece of it.
+
+    Args:
+      routing: of all tokens.
+      logits_BTE: f32, the router's.
+      dropped: f32[], selections that were dropped.
+    """
     num_experts = routing.probabilities_BTE.shape[-1]
+    valid_BT = routing.valid_BT.astype(jnp.float32)
     hot_BTJE = jax.nn.one_hot(routing.experts_BTJ, num_experts, dtype=jnp.float32)
-    return jnp.sum(hot_BTJE * routing.valid_BT[:, :, None, None], axis=(1, 2))
+    counts_BE = jnp.sum(hot_BTJE * valid_BT[:, :, None, None], axis=(1, 2))
+    mass_BE = jnp.sum(routing.probabilities_BTE * valid_BT[:, :, None], axis=1)
+    tokens_B = jnp.sum(valid_BT, axis=1)
+    log_sum_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
+    entropy_BT = jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(routing.probabilities_BTE)), axis=-1)
+    return Tally(
+        counts_E=jnp.sum(counts_BE, axis=0),
+        mass_E=jnp.sum(mass_BE, axis=0),
+        tokens=jnp.sum(tokens_B),
+        balance_of_rows=jnp.sum(_balance(counts_BE, mass_BE, tokens_B)),
+        squared_normalizers=jnp.sum(valid_BT * jnp.square(log_sum_BT)),
+        entropy=jnp.sum(entropy_BT * valid_BT),
+        dropped=dropped,
+    )
 
 
-def load_balance_loss(routing: Routing, counts_BE: jax.Array, *, per_row: bool) -> WeightedSum:
+def _balance(counts_BE: jax.Array, mass_BE: jax.Array, tokens_B: jax.Array) -> jax.Array:
+    """Returns f32[B], E * sum_e f_e p_e of each row times its tokens."""
+    share_BE = counts_BE / jnp.maximum(tokens_B, 1.0)[:, None]
+    return counts_BE.shape[-1] * jnp.sum(share_BE * mass_BE, axis=-1)
+
+
+def load_balance_loss(tally: Tally, *, per_row: bool) -> WeightedSum:
     """Computes E * sum_e f_e p_e, weighted by tokens (Fedus et al. 2022, equation 4).
 
     f_e is the number of times that e was selected per token, p_e the mean probability of e. DeepSeek's form, which
     divides f by the number of experts per token, is this with a coefficient divided by it.
 
     Args:
-      routing: of all tokens.
-      counts_BE: from `selection_counts`.
+      tally: of all tokens.
       per_row: whether f and p are taken over each row (DeepSeek's sequence-wise loss), or over the batch.
     """
-    valid_BT = routing.valid_BT.astype(jnp.float32)
-    mass_BE = jnp.sum(routing.probabilities_BTE * valid_BT[:, :, None], axis=1)
-    tokens_B1 = jnp.sum(valid_BT, axis=1, keepdims=True)
-    if not per_row:
-        counts_BE, mass_BE, tokens_B1 = (jnp.sum(x, axis=0, keepdims=True) for x in (counts_BE, mass_BE, tokens_B1))
-    divisor_B1 = jnp.maximum(tokens_B1, 1.0)
-    # f p times the tokens again, as the weight of a row.
-    balance_BE = (counts_BE / divisor_B1) * mass_BE
-    return WeightedSum(counts_BE.shape[1] * jnp.sum(balance_BE), jnp.sum(tokens_B1))
+    if per_row:
+        return WeightedSum(tally.balance_of_rows, tally.tokens)
+    whole = _balance(tally.counts_E[None], tally.mass_E[None], tally.tokens[None])
+    return WeightedSum(whole[0], tally.tokens)
 
 
-def z_loss(logits_BTE: jax.Array, valid_BT: jax.Array) -> WeightedSum:
+def z_loss(tally: Tally) -> WeightedSum:
     """Computes the square of log-sum-exp of the router's logits, weighted by tokens (ST-MoE, equation 5)."""
-    valid_BT = valid_BT.astype(jnp.float32)
-    log_sum_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-    return WeightedSum(jnp.sum(valid_BT * jnp.square(log_sum_BT)), jnp.sum(valid_BT))
+    return WeightedSum(tally.squared_normalizers, tally.tokens)
 
 
-def routing_metrics(routing: Routing, counts_BE: jax.Array, num_dropped: jax.Array) -> dict[str, WeightedSum]:
+def routing_metrics(tally: Tally) -> dict[str, WeightedSum]:
     """Computes what is logged of a router: each divided by its weight is the mean over layers.
 
     `router/load_of_E` is f32[E], the share of the selections that each of E experts got (at most `MOST_LOGGED`),
     `router/max_load` and `router/min_load` the largest and the smallest load over the mean load, `router/entropy` the
     mean entropy of a token's distribution in nats, `router/drop_rate` the share of selections that an expert had no
     room for.
-
-    Args:
-      routing: of all tokens.
-      counts_BE: from `selection_counts`.
-      num_dropped: f32[], selections that were dropped.
     """
-    counts_E = jax.lax.stop_gradient(jnp.sum(counts_BE, axis=0))
-    num_selections, num_experts = jnp.sum(counts_E), counts_E.shape[0]
-    probabilities_BTE = jax.lax.stop_gradient(routing.probabilities_BTE)
-    entropy_BT = jnp.sum(jax.scipy.special.entr(probabilities_BTE), axis=-1) * routing.valid_BT
-    tokens = jnp.sum(routing.valid_BT.astype(jnp.float32))
-    load_E = counts_E * num_experts / jnp.maximum(num_selections, 1.0)
+    num_selections, num_experts = jnp.sum(tally.counts_E), tally.counts_E.shape[0]
+    load_E = tally.counts_E * num_experts / jnp.maximum(num_selections, 1.0)
     found = {
-        "router/max_load": WeightedSum(tokens * jnp.max(load_E), tokens),
-        "router/min_load": WeightedSum(tokens * jnp.min(load_E), tokens),
-        "router/entropy": WeightedSum(jnp.sum(entropy_BT), tokens),
-        "router/drop_rate": WeightedSum(num_dropped, num_selections),
+        "router/max_load": WeightedSum(tally.tokens * jnp.max(load_E), tally.tokens),
+        "router/min_load": WeightedSum(tally.tokens * jnp.min(load_E), tally.tokens),
+        "router/entropy": WeightedSum(tally.entropy, tally.tokens),
+        "router/drop_rate": WeightedSum(tally.dropped, num_selections),
     }
     if num_experts <= MOST_LOGGED:
         # Layers may differ in how many experts they have, and only what is of one number can be summed over them.
-        found[f"router/load_of_{num_experts}"] = WeightedSum(counts_E, num_selections)
+        found[f"router/load_of_{num_experts}"] = WeightedSum(tally.counts_E, num_selections)
     return found

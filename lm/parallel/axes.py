@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
-from lm.parallel.mesh import MESH_AXES
+from lm.parallel.mesh import MESH_AXES, Pipeline
 
 # What an axis of a parameter or an activation can mean. Parameters and activations have separate
 # names for the model dimension, so that FSDP shards the one and not the other.
@@ -21,6 +21,7 @@ LOGICAL_AXES = (
     # activations
     "batch",  # B
     "length",  # T or S
+    "residual_length",  # T of the residual stream, between the branches of a block
     "kv_length",  # S of keys and values, when it differs in placement from the queries'
     "activation_embed",  # D of an activation
     "activation_heads",  # N or K of an activation
@@ -50,15 +51,24 @@ class Rules:
     """The table: logical axis -> mesh axes, one row per logical axis; () keeps the axis whole.
 
     Attributes:
-      parameters: rows used for parameters, gradients and optimizer state.
+      parameters: rows used for parameters.
       activations: rows used by `constrain`.
+      pipeline: how stages share a batch.
+      optimizer: rows used for optimizer state, gradients and parameter average; None means those of parameters.
     """
 
     parameters: Mapping[str, tuple[str, ...]]
     activations: Mapping[str, tuple[str, ...]]
+    pipeline: Pipeline = Pipeline()
+    optimizer: Mapping[str, tuple[str, ...]] | None = None
+
+    @property
+    def state(self) -> Mapping[str, tuple[str, ...]]:
+        """Rows used for what belongs to a parameter: optimizer state, gradient, average."""
+        return self.parameters if self.optimizer is None else self.optimizer
 
     def __post_init__(self) -> None:
-        for table in (self.parameters, self.activations):
+        for table in (self.parameters, self.activations, self.state):
             for name, mesh_axes in table.items():
                 if name not in LOGICAL_AXES:
                     raise ValueError(f"unknown logical axis {name!r} in the sharding table; known: {LOGICAL_AXES}")
@@ -67,6 +77,14 @@ class Rules:
                         raise ValueError(
                             f"row {name!r} of the sharding table names mesh axis {axis!r}; known: {MESH_AXES}"
                         )
+
+    def without(self, mesh_axes: frozenset[str]) -> "Rules":
+        """Returns the table with these mesh axes in no row."""
+
+        def strip(table: Mapping[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
+            return {name: tuple(axis for axis in row if axis not in mesh_axes) for name, row in table.items()}
+
+        return dataclasses.replace(self, parameters=strip(self.parameters), activations=strip(self.activations))
 
 
 def spec(axes: tuple[str | None, ...], table: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
@@ -94,6 +112,8 @@ def spec(axes: tuple[str | None, ...], table: Mapping[str, tuple[str, ...]]) -> 
 class _Scope:
     mesh: Mesh
     rules: Rules
+    # Whether the code that is traced is that of one device, where arrays are parts and nothing is left to place.
+    alone: bool = False
 
 
 # None where shapes alone are wanted and there may be no device yet.
@@ -107,6 +127,21 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
     try:
         with jax.set_mesh(mesh):
             yield
+    finally:
+        _SCOPES.pop()
+
+
+@contextlib.contextmanager
+def inside(without: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Puts the scope in force for code that is traced inside `jax.shard_map`.
+
+    Args:
+      without: the mesh axes that the code is of one device of, while the others go on as before; empty are all.
+    """
+    mesh, rules = current()
+    _SCOPES.append(_Scope(mesh, rules.without(without), alone=not without))
+    try:
+        yield
     finally:
         _SCOPES.pop()
 
@@ -150,6 +185,18 @@ def num_shards(name: str) -> int:
     return math.prod(mesh.shape[axis] for axis in rules.activations.get(name, ()))
 
 
+def inside_device() -> bool:
+    """Returns whether the code that is traced is that of one device."""
+    scope = _SCOPES[-1] if _SCOPES else None
+    return scope is not None and scope.alone
+
+
+def is_divided() -> bool:
+    """Returns whether arrays are spread over several devices: not where shapes alone are wanted."""
+    scope = _SCOPES[-1] if _SCOPES else None
+    return scope is not None and scope.mesh.size > 1
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Says where an activation lives, by the meaning of its axes.
 
@@ -167,9 +214,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     mesh, rules = current()
     resolved = spec(axes, rules.activations)
-    if mesh.size == 1:
+    if mesh.size == 1 or inside_device():
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, resolved))
+    # Without its mesh: inside `jax.shard_map` over some axes the one in force is another.
+    return jax.lax.with_sharding_constraint(x, resolved)
 
 
 # One row per logical axis; the presets differ only in mesh shape, because an axis of size 1 costs nothing.
@@ -177,7 +225,7 @@ DEFAULT_RULES = Rules(
     parameters=MappingProxyType(
         {
             "vocab": ("tensor",),
-            "embed": ("fsdp",),
+            "embed": ("fsdp", "expert", "context", "stage"),
             "heads": ("tensor",),
             "kv_heads": ("tensor",),
             "mlp": ("tensor",),
@@ -190,8 +238,9 @@ DEFAULT_RULES = Rules(
     ),
     activations=MappingProxyType(
         {
-            "batch": ("data", "fsdp", "expert"),
+            "batch": ("data", "fsdp", "expert", "stage"),
             "length": ("context",),
+            "residual_length": ("context",),
             "kv_length": (),
             "activation_heads": ("tensor",),
             "activation_mlp": ("tensor",),

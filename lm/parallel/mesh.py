@@ -1,4 +1,4 @@
-"""Meshes: the one place that builds a `jax.sharding.Mesh`, always with Auto axis types.
+"""Meshes and pipelines as settings: the one place that builds a `jax.sharding.Mesh`, always with Auto axis types.
 
 Knows neither models nor data. A single device is a mesh too, so that every program has one path.
 """
@@ -54,6 +54,37 @@ class MeshConfig:
         elif fixed != num_devices:
             raise ValueError(f"config.mesh: {shown or 'data 1'} makes {fixed} devices, there are {num_devices}")
         return tuple(sizes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """How stages share a batch. Stages are idle (stages - 1) of (num_microbatches x repeats + stages - 1) turns.
+
+    Attributes:
+      num_microbatches: pieces of a batch that follow each other through the stages; none is one for each stage.
+      repeats: how often a piece goes round all stages; above 1 a stage has layers of several depths, is less often
+        idle, and weights are moved to their stages once per step.
+    """
+
+    num_microbatches: int | None = None
+    repeats: int = 1
+
+    def pieces(self, stages: int) -> int:
+        """Returns the number of pieces that a batch is cut into."""
+        return stages if self.num_microbatches is None else self.num_microbatches
+
+    def problems(self, stages: int) -> list[str]:
+        """Returns one sentence for each reason why this cannot work with so many stages."""
+        found = []
+        if self.repeats < 1:
+            found.append(f"config.sharding.pipeline.repeats: {self.repeats} is not a positive number")
+        least = stages if self.repeats > 1 else 1
+        if self.pieces(stages) < least:
+            found.append(
+                f"config.sharding.pipeline.num_microbatches: {self.pieces(stages)} pieces cannot go round"
+                f" {stages} stages {self.repeats} times; {least} is the least"
+            )
+        return found
 
 
 def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

@@ -6,7 +6,6 @@ Knows no loop. Law: two assemblies of one config describe the same arrays.
 
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -23,9 +22,11 @@ from lm.batch import Batch
 from lm.config import ConfigError
 from lm.data import Bytes, load_tokenizer
 from lm.experiment import Experiment, too_few_ids
-from lm.models.kernels import platform_problems
 from lm.optim import build_optimizer
 from lm.training.checkpoints import restore_params
+from lm.training.division import check_attention, check_replicated, check_shards
+from lm.training.division import check_batch_size as check_batch_size
+from lm.training.division import row_shards as row_shards
 from lm.training.state import TrainState, Tree, init_state, state_shardings
 from lm.training.workdir import read_config
 
@@ -130,7 +131,7 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
         mesh = parallel.build_mesh(experiment.mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    rules = parallel.DEFAULT_RULES
+    rules = experiment.sharding.rules()
     check_attention(experiment, mesh)
     model = experiment.model.build()
     with parallel.shapes_only():
@@ -140,71 +141,10 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
             lambda seed: init_state(model, optimizer, seed, experiment.optimizer.average), jnp.zeros((), jnp.int32)
         )
     check_shards(shapes.params, model.axes(), mesh, rules)
+    check_replicated(shapes.params, model.axes(), mesh, experiment.sharding)
     shardings = state_shardings(model, shapes, mesh, rules)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
     return Assembly(experiment, mesh, rules, tokenizer, model, optimizer, state)
-
-
-def check_shards(params: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) -> None:
-    """Checks that the mesh divides each axis of the parameters that it shards.
-
-    Raises:
-      ConfigError: with one line for each pair of mesh axes and size that does not fit.
-    """
-    found = {}
-
-    def check(path: tuple[Any, ...], array: Any, names: tuple[str | None, ...]) -> None:
-        for size, name, entry in zip(array.shape, names, parallel.spec(names, rules.parameters), strict=True):
-            # A PartitionSpec unpacks tuples of one.
-            carriers = (entry,) if isinstance(entry, str) else entry or ()
-            shards = math.prod(mesh.shape[axis] for axis in carriers)
-            if size % shards:
-                where = "/".join(str(entry.key) for entry in path)
-                fields = ", ".join(f"mesh.{axis} {mesh.shape[axis]}" for axis in carriers)
-                found.setdefault(
-                    (name, size),
-                    f"config.{fields} does not divide the {size} {name} of {where}: choose a divisor of {size}",
-                )
-
-    jax.tree_util.tree_map_with_path(check, params, axes)
-    if found:
-        raise ConfigError("\n".join(found.values()))
-
-
-def check_attention(experiment: Experiment, mesh: Mesh) -> None:
-    """Checks that the devices can run attention, and those along `context` divide it.
-
-    Raises:
-      ConfigError: they cannot; one line for each reason.
-    """
-    found = platform_problems(experiment.model.attention.kernel, mesh.devices.flat[0].platform)
-    shards = mesh.shape["context"]
-    lengths = {"sequence_length": experiment.data.sequence_length, "encoder_length": experiment.data.encoder_length}
-    given = {name: length for name, length in lengths.items() if length is not None}
-    if shards > 1:
-        found += experiment.model.attention.context_problems(experiment.model, given, shards, mesh.shape["tensor"])
-    if found:
-        raise ConfigError("\n".join(found))
-
-
-def row_shards(mesh: Mesh) -> int:
-    """Returns over how many devices the rows of a batch are divided."""
-    return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
-
-
-def check_batch_size(experiment: Experiment, mesh: Mesh) -> None:
-    """Checks that each microbatch divides over the devices that read different rows.
-
-    Raises:
-      ConfigError: it does not.
-    """
-    shards = row_shards(mesh)
-    pieces = experiment.num_microbatches
-    if experiment.batch_size // pieces % shards:
-        raise ConfigError(
-            f"config.batch_size {experiment.batch_size} in {pieces} microbatches does not divide over "
-            f"data x fsdp x expert = {shards} devices; make it a multiple of {shards * pieces}"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ Knows no objective and no loop. Law: the state and the batches that follow deter
 runs with equal state and batches stay equal bit for bit.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -55,14 +56,14 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, seed: jax.Ar
     )
 
 
-def shardings_of(arrays: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) -> Tree:
+def shardings_of(arrays: Tree, axes: Tree, mesh: Mesh, table: Mapping[str, tuple[str, ...]]) -> Tree:
     """Returns a NamedSharding for each leaf of `arrays` from its tuple of logical axis names in `axes`."""
     # Walk the arrays first: axes are tuples, and so are the containers of an optimizer's state.
-    return jax.tree.map(lambda _, names: NamedSharding(mesh, parallel.spec(names, rules.parameters)), arrays, axes)
+    return jax.tree.map(lambda _, names: NamedSharding(mesh, parallel.spec(names, table)), arrays, axes)
 
 
 def state_shardings(model: Any, shapes: TrainState, mesh: Mesh, rules: parallel.Rules) -> TrainState:
-    """Returns the NamedSharding of every leaf of the state, optimizer state like the parameters.
+    """Returns the NamedSharding of every leaf of the state, optimizer state and average by rows of their own.
 
     Args:
       model: gives the logical axes of its parameters.
@@ -72,15 +73,34 @@ def state_shardings(model: Any, shapes: TrainState, mesh: Mesh, rules: parallel.
     """
     axes = model.axes()
     whole = NamedSharding(mesh, PartitionSpec())
-    params = shardings_of(shapes.params, axes, mesh, rules)
+    params = shardings_of(shapes.params, axes, mesh, rules.parameters)
     opt_axes = state_axes(shapes.opt_state, shapes.params, axes)
     return TrainState(
         step=whole,
         params=params,
-        opt_state=shardings_of(shapes.opt_state, opt_axes, mesh, rules),
-        average=None if shapes.average is None else params,
+        opt_state=shardings_of(shapes.opt_state, opt_axes, mesh, rules.state),
+        average=None if shapes.average is None else shardings_of(shapes.params, axes, mesh, rules.state),
         key=whole,
     )
+
+
+def keep_in_place(model: Any, state: TrainState) -> TrainState:
+    """Returns the state, told to the compiler to lie where `state_shardings` says; called while tracing a step.
+
+    Without it, parameters that are whole would come out divided as the optimizer's state is.
+    """
+    if not parallel.is_divided():
+        return state
+    mesh, rules = parallel.current()
+    return jax.lax.with_sharding_constraint(state, state_shardings(model, state, mesh, rules))
+
+
+def divide_gradients(model: Any, grads: Tree) -> Tree:
+    """Returns gradients of the parameters, told to the compiler to lie as the optimizer's state does."""
+    if not parallel.is_divided():
+        return grads
+    mesh, rules = parallel.current()
+    return jax.lax.with_sharding_constraint(grads, shardings_of(grads, model.axes(), mesh, rules.state))
 
 
 def place(arrays: Tree, like: Tree) -> Tree:

@@ -16,7 +16,7 @@ import optax
 from lm.batch import Batch, WeightedSum
 from lm.experiment import Experiment, LossConfig
 from lm.training.losses import Components, TokenLosses, chunked_cross_entropy
-from lm.training.state import TrainState, Tree
+from lm.training.state import TrainState, Tree, divide_gradients, keep_in_place
 
 Metrics = dict[str, jax.Array]
 TrainMetrics = dict[str, jax.Array | WeightedSum]
@@ -155,6 +155,7 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
         key = jax.random.fold_in(state.key, state.step)
         grads, (sums, statistics) = gradients(model, state.params, batch, key, config)
+        grads = divide_gradients(model, grads)
         norm = optax.tree.norm(grads)
         metrics = describe(sums, batch_counts(batch, jnp.asarray(token_bytes)))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
@@ -165,12 +166,15 @@ def make_train_step(
         def keep(new: Tree, old: Tree) -> Tree:
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        new = TrainState(
-            step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            average=keep(average, state.average),
-            key=state.key,
+        new = keep_in_place(
+            model,
+            TrainState(
+                step=state.step + 1,
+                params=keep(params, state.params),
+                opt_state=keep(opt_state, state.opt_state),
+                average=keep(average, state.average),
+                key=state.key,
+            ),
         )
         metrics |= {
             "gradient_norm": norm,

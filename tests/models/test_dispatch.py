@@ -1,22 +1,27 @@
 """Dispatches: they agree where nothing is dropped, and capacity drops what it says it drops."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.models.dispatch import Capacity, Dense, Dropless, permute
+from lm.models.dispatch import AllToAll, Capacity, Dense, Dropless, permute
+from lm.models.division import Experts
+from lm.models.layers import dropout, row_keys
 from lm.models.routing import Router, Routing
 
 EXPERTS, SELECTED = 4, 2
 
 
-def _experts(w_EDF, rows, axes, product):
+def _compute(weights, rows, axes, product, key):
     """One matrix for each expert and a nonlinearity, so that an expert's zero is not a zero."""
     letters = axes if axes.startswith("E") else f"E{axes}"
-    return jnp.cos(product(f"{letters}D,EDF->{letters}F", rows, w_EDF, jnp.dtype(jnp.float32)))
+    y = jnp.cos(product(f"{letters}D,EDF->{letters}F", rows, weights["up"], jnp.dtype(jnp.float32)))
+    return dropout(y, 0.3, key)
+
+
+def _experts(w_EDF):
+    return Experts({"up": w_EDF}, {"up": ("experts", "embed", None)}, _compute)
 
 
 def _inputs(seed=0, batch=2, length=9):
@@ -28,9 +33,9 @@ def _inputs(seed=0, batch=2, length=9):
     return x, w, logits, valid
 
 
-def _run(dispatch, x, w, logits, valid):
+def _run(dispatch, x, w, logits, valid, key=None):
     routing = Router(normalize=True).route(logits, None, SELECTED, valid)
-    return dispatch.run(x, routing, functools.partial(_experts, w))
+    return dispatch.run(x, routing, _experts(w), key)
 
 
 def _reference(x, w, logits, valid):
@@ -67,6 +72,16 @@ def test_gradients_equal_those_of_the_dense_form(dispatch):
         assert np.abs(expected).max() > 0.1
 
 
+@pytest.mark.parametrize("dispatch", [Dropless(), AllToAll(), Capacity(factor=2.0)], ids=lambda d: type(d).__name__)
+def test_dropout_is_of_tokens_and_experts_whatever_the_dispatch(dispatch):
+    key = row_keys(jax.random.key(1), 2)
+    x, w, logits, valid = _inputs()
+    found, _ = _run(dispatch, x, w, logits, valid, key)
+    expected, _ = _run(Dense(), x, w, logits, valid, key)
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+    assert np.abs(expected - _run(Dense(), x, w, logits, valid)[0]).max() > 0.1
+
+
 def _collapsed(length, size_of_experts=EXPERTS):
     """Everything to expert 0 first and expert 1 second."""
     experts = jnp.tile(jnp.asarray([0, 1]), (1, length, 1))
@@ -78,10 +93,10 @@ def test_capacity_keeps_the_first_tokens_and_drops_the_rest():
     x, w, _, _ = _inputs(batch=1, length=8)
     dispatch = Capacity(factor=0.5)
     assert dispatch.slots(8, 2, EXPERTS) == 2
-    y, dropped = dispatch.run(x, _collapsed(8), functools.partial(_experts, w))
+    y, dropped = dispatch.run(x, _collapsed(8), _experts(w), None)
     assert dropped == 12
     np.testing.assert_array_equal(y[0, 2:], np.zeros((6, 6)))
-    full, _ = Dense().run(x, _collapsed(8), functools.partial(_experts, w))
+    full, _ = Dense().run(x, _collapsed(8), _experts(w), None)
     np.testing.assert_allclose(y[0, :2], full[0, :2], atol=1e-6)
 
 
@@ -90,7 +105,7 @@ def test_first_choices_come_before_second_choices():
     x, w, _, _ = _inputs(batch=1, length=2)
     experts = jnp.asarray([[[0, 1], [1, 2]]])
     routing = Routing(jnp.full((1, 2, 4), 0.25), experts, jnp.ones((1, 2, 2)), jnp.ones((1, 2), bool))
-    y, dropped = Capacity(factor=1.0).run(x, routing, functools.partial(_experts, w))
+    y, dropped = Capacity(factor=1.0).run(x, routing, _experts(w), None)
     assert dropped == 1
     np.testing.assert_allclose(y[0, 0], np.cos(x[0, 0] @ w[0]), atol=1e-6)
     np.testing.assert_allclose(y[0, 1], np.cos(x[0, 1] @ w[1]) + np.cos(x[0, 1] @ w[2]), atol=1e-6)
@@ -99,7 +114,7 @@ def test_first_choices_come_before_second_choices():
 def test_padding_takes_no_room():
     x, w, _, _ = _inputs(batch=1, length=8)
     routing = _collapsed(8)._replace(valid_BT=jnp.arange(8)[None] >= 6)
-    y, dropped = Capacity(factor=0.5).run(x, routing, functools.partial(_experts, w))
+    y, dropped = Capacity(factor=0.5).run(x, routing, _experts(w), None)
     assert dropped == 0
     np.testing.assert_array_equal(y[0, :6], np.zeros((6, 6)))
     assert np.abs(y[0, 6:]).min() > 0

@@ -9,6 +9,7 @@ import pytest
 
 from lm import parallel
 from lm.models import (
+    AllToAll,
     BiasBalancing,
     Capacity,
     Decoder,
@@ -375,27 +376,80 @@ def test_cached_logits_equal_uncached_ones(params, make_batch):
         )
 
 
-@pytest.mark.parametrize("dispatch", [Dropless(), Capacity(factor=1.0)], ids=lambda d: type(d).__name__)
-def test_experts_on_many_devices_give_the_result_of_one(dispatch, make_batch):
-    batch = make_batch([[5, 3], [8], [7], [2, 6]], length=8)
-    config = dataclasses.replace(_with(dispatch=dispatch), num_layers=1)
+MESHES = {
+    "data x expert x tensor": parallel.MeshConfig(data=2, expert=2, tensor=2),
+    "fsdp x expert": parallel.MeshConfig(data=1, fsdp=2, expert=4),
+    "data": parallel.MeshConfig(data=4, fsdp=2),
+}
+PLACED = [
+    (Dropless(), "data x expert x tensor"),
+    (Dropless(), "fsdp x expert"),
+    (Dropless(), "data"),
+    (AllToAll(), "data x expert x tensor"),
+    (AllToAll(), "fsdp x expert"),
+    (Capacity(factor=2.0), "fsdp x expert"),
+    (Dense(), "data x expert x tensor"),
+]
+
+
+def _noisy_value_and_gradients(config, params, batch):
+    """With dropout everywhere and noise at the router."""
     model = config.build()
-    params = jax.jit(model.init)(jax.random.key(0))
-    (value, _), gradients = _value_and_gradients(config, params, batch)
-    mesh = parallel.build_mesh(parallel.MeshConfig(data=2, expert=2, fsdp=1, tensor=2), jax.devices()[:8])
+
+    def loss(params):
+        output = model.apply(params, batch, key=jax.random.key(3))
+        valid = batch.segment_ids[:, :, None] != 0
+        extra = sum(pair.sum / pair.weight for pair in output.losses.values())
+        return jnp.mean(jnp.where(valid, output.logits, 0.0) ** 2) + extra, output
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+
+@pytest.fixture(name="alone", scope="module")
+def _alone(make_batch):
+    batch = make_batch([[5, 3], [8], [7], [2, 6]] * 2, length=8)
+    config = dataclasses.replace(_with(dispatch=Dropless(), dropout_rate=0.2), num_layers=1, dropout_rate=0.1)
+    config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, router=_JITTERY))
+    params = jax.jit(config.build().init)(jax.random.key(0))
+    with parallel.use(parallel.build_mesh(parallel.MeshConfig(), jax.devices()[:1]), parallel.DEFAULT_RULES):
+        return batch, config, params, _noisy_value_and_gradients(config, params, batch)
+
+
+_JITTERY = dataclasses.replace(BIASED, jitter=0.05)
+
+
+@pytest.mark.parametrize(("dispatch", "mesh"), PLACED, ids=lambda x: x if isinstance(x, str) else type(x).__name__)
+def test_experts_on_many_devices_give_the_result_of_one(dispatch, mesh, alone):
+    batch, config, params, ((value, output), gradients) = alone
+    config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, dispatch=dispatch))
+    mesh = parallel.build_mesh(MESHES[mesh])
     with parallel.use(mesh, parallel.DEFAULT_RULES):
         shardings = jax.tree.map(
             lambda _, axes: jax.sharding.NamedSharding(mesh, parallel.spec(axes, parallel.DEFAULT_RULES.parameters)),
             params,
-            model.axes(),
+            config.build().axes(),
         )
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "expert")))
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp", "expert")))
         placed, spread = jax.device_put(params, shardings), jax.device_put(batch, rows)
-        (other, _), other_gradients = _value_and_gradients(config, placed, spread)
+        (other, found), other_gradients = _noisy_value_and_gradients(config, placed, spread)
     kernel = placed["decoder"]["stack"]["layers"]["block_0"]["mlp"]["experts"]["up"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (1, 2, 16, 12)
-    assert other == pytest.approx(value, rel=1e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), other_gradients, gradients)
+    assert kernel.sharding.shard_shape(kernel.shape)[1] == 4 // mesh.shape["expert"]
+    assert float(other) == pytest.approx(float(value), rel=1e-5)
+    same = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5)  # noqa: E731 - one line for four trees
+    jax.tree.map(same, found.metrics, output.metrics)
+    jax.tree.map(same, found.statistics, output.statistics)
+    jax.tree.map(same, other_gradients, gradients)
+
+
+def test_a_full_buffer_drops_and_says_so(alone):
+    batch, config, params, ((value, _), _) = alone
+    config = dataclasses.replace(config, mlp=dataclasses.replace(config.mlp, dispatch=AllToAll(factor=0.5)))
+    with parallel.use(parallel.build_mesh(MESHES["fsdp x expert"]), parallel.DEFAULT_RULES):
+        (other, output), gradients = _noisy_value_and_gradients(config, params, batch)
+    rate = output.metrics["router/drop_rate"]
+    assert 0.2 < float(rate.sum) / float(rate.weight) < 0.9
+    assert float(other) != pytest.approx(float(value), rel=1e-5)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 @pytest.mark.parametrize(
@@ -403,6 +457,7 @@ def test_experts_on_many_devices_give_the_result_of_one(dispatch, make_batch):
     [
         (_with(num_selected=5), "num_selected"),
         (_with(dispatch=Capacity(factor=0.0)), "dispatch.factor"),
+        (_with(dispatch=AllToAll(factor=0.0)), "dispatch.factor"),
         (_with(dim=0), "mlp.dim"),
         (_with(shared=SharedExpert(dim=0)), "shared.dim"),
         (_with(dropout_rate=1.0), "dropout_rate"),

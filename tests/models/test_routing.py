@@ -16,6 +16,11 @@ def _routing(experts, probabilities, valid=None):
     return Routing(probabilities, experts, jnp.ones(experts.shape, jnp.float32), valid)
 
 
+def _tally(routed, logits=None, dropped=0.0):
+    logits = jnp.zeros(routed.probabilities_BTE.shape) if logits is None else logits
+    return routing.tally(routed, logits, jnp.float32(dropped))
+
+
 def _mean(pair):
     return float(pair.sum / pair.weight)
 
@@ -25,7 +30,7 @@ def _load(pair):
 
 
 def _balance(routed, *, per_row=False):
-    return _mean(routing.load_balance_loss(routed, routing.selection_counts(routed), per_row=per_row))
+    return _mean(routing.load_balance_loss(_tally(routed), per_row=per_row))
 
 
 # The project's notes on objectives, section 1.4: uniform top-1 -> 1.0, uniform top-k -> k, collapsed -> E.
@@ -61,12 +66,12 @@ def test_losses_and_metrics_leave_padding_out():
     def measure(logits):
         logits = jnp.asarray(logits)
         routed = Router().route(logits, None, 2, jnp.asarray(valid))
-        counts = routing.selection_counts(routed)
+        tally = _tally(routed, logits)
         return [
-            routing.load_balance_loss(routed, counts, per_row=False),
-            routing.load_balance_loss(routed, counts, per_row=True),
-            routing.z_loss(logits, jnp.asarray(valid)),
-            routing.routing_metrics(routed, counts, jnp.zeros(())),
+            routing.load_balance_loss(tally, per_row=False),
+            routing.load_balance_loss(tally, per_row=True),
+            routing.z_loss(tally),
+            routing.routing_metrics(tally),
         ]
 
     jax.tree.map(np.testing.assert_array_equal, measure(logits), measure(changed))
@@ -83,20 +88,20 @@ def test_load_balance_is_the_switch_transformers_of_transformers():
 
 
 def test_z_loss_of_equal_logits_is_the_squared_logarithm_of_their_number():
-    pair = routing.z_loss(jnp.zeros((2, 3, 8)), jnp.ones((2, 3), bool))
+    pair = routing.z_loss(_tally(_routing(np.zeros((2, 3, 1)), np.full((2, 3, 8), 1 / 8))))
     assert _mean(pair) == pytest.approx(np.log(8) ** 2)
 
 
 def test_metrics_of_collapsed_and_uniform_routing():
     uniform = _routing(np.arange(4)[None, :, None], np.full((1, 4, 4), 0.25))
-    found = routing.routing_metrics(uniform, routing.selection_counts(uniform), jnp.float32(1.0))
+    found = routing.routing_metrics(_tally(uniform, dropped=1.0))
     assert _mean(found["router/max_load"]) == pytest.approx(1.0)
     assert _mean(found["router/entropy"]) == pytest.approx(np.log(4))
     assert _mean(found["router/min_load"]) == pytest.approx(1.0)
     assert _mean(found["router/drop_rate"]) == pytest.approx(0.25)
     np.testing.assert_allclose(_load(found["router/load_of_4"]), [0.25] * 4)
     collapsed = _routing(np.zeros((1, 4, 1)), np.eye(4)[None, [0, 0, 0, 0]])
-    found = routing.routing_metrics(collapsed, routing.selection_counts(collapsed), jnp.float32(0.0))
+    found = routing.routing_metrics(_tally(collapsed))
     assert _mean(found["router/max_load"]) == pytest.approx(4.0)
     assert _mean(found["router/min_load"]) == pytest.approx(0.0)
     assert _mean(found["router/entropy"]) == pytest.approx(0.0)
@@ -111,6 +116,19 @@ def test_load_of_each_expert_leaves_padding_out_and_is_left_out_where_it_would_b
     many = _routing(np.zeros((1, 4, 1)), np.full((1, 4, 65), 1 / 65))
     found = routing.routing_metrics(many, routing.selection_counts(many), jnp.float32(0.0))
     assert set(found) == {"router/max_load", "router/min_load", "router/entropy", "router/drop_rate"}
+
+
+def test_tallies_of_pieces_add_up_to_that_of_the_batch():
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(4, 5, 3)), jnp.float32)
+    valid = jnp.asarray(np.random.default_rng(3).random((4, 5)) < 0.8)
+
+    def measure(rows):
+        return _tally(Router().route(logits[rows], None, 2, valid[rows]), logits[rows], 1.0)
+
+    pieces = jax.tree.map(jnp.add, measure(slice(0, 1)), measure(slice(1, 4)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), pieces, measure(slice(0, 4))._replace(dropped=2.0)
+    )
 
 
 def test_weights_of_the_selected():
@@ -153,7 +171,7 @@ def test_balancing_evens_out_a_skewed_router():
     @jax.jit
     def step(bias):
         routed = router.route(logits, bias, 2, jnp.ones((4, 64), bool))
-        counts = jnp.sum(routing.selection_counts(routed), axis=0)
+        counts = _tally(routed).counts_E
         return router.balancing.update(bias, counts), jnp.max(counts) / jnp.mean(counts)
 
     bias, first = step(jnp.zeros(8))
