@@ -110,7 +110,7 @@ class Division:
         def carriers(name: str) -> tuple[str, ...]:
             return tuple(axis for axis in rules.parameters.get(name, ()) if mesh.shape[axis] > 1)
 
-        tokens = parallel.place_rows(selected.x_BTD.shape, "batch", "length", None)
+        tokens = parallel.activation_spec(selected.x_BTD.shape, "batch", "length", None)
         return cls(tokens, weights, carriers("experts"), carriers("mlp"))
 
     @property

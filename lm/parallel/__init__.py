@@ -16,11 +16,11 @@ from lm.parallel.collectives import Collective as Collective
 from lm.parallel.collectives import Traffic as Traffic
 from lm.parallel.collectives import count_collectives as count_collectives
 from lm.parallel.collectives import list_collectives as list_collectives
+from lm.parallel.manual import activation_spec as activation_spec
 from lm.parallel.manual import by_device as by_device
 from lm.parallel.manual import carriers as carriers
 from lm.parallel.manual import gather_weight as gather_weight
 from lm.parallel.manual import own_part as own_part
-from lm.parallel.manual import place_rows as place_rows
 from lm.parallel.mesh import MESH_AXES as MESH_AXES
 from lm.parallel.mesh import MeshConfig as MeshConfig
 from lm.parallel.mesh import Pipeline as Pipeline
@@ -29,7 +29,6 @@ from lm.parallel.pipeline import num_pieces as num_pieces
 from lm.parallel.pipeline import run_pipeline as run_pipeline
 from lm.parallel.pipeline import uneven as uneven
 from lm.parallel.sharding import Sharding as Sharding
-from lm.parallel.shards import activation_spec as activation_spec
 from lm.parallel.shards import by_shards as by_shards
 from lm.parallel.shards import deal as deal
 from lm.parallel.shards import gather_length as gather_length

@@ -19,7 +19,7 @@ def carriers(entry: Any) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
-def place_rows(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
+def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
     """Returns where an activation lies, but that an axis stays whole where its mesh axes do not divide it.
 
     Args:

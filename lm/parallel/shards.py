@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm.parallel.axes import current, num_shards, spec
+from lm.parallel.axes import current
 
 CONTEXT = "context"
 
@@ -30,18 +30,6 @@ def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
-    """Returns where an activation of this shape lives; an axis that its devices do not divide is kept whole.
-
-    Args:
-      shape: of the whole array.
-      *axes: a logical name, or None, for each axis.
-    """
-    _, rules = current()
-    divided = (name if name and size % num_shards(name) == 0 else None for size, name in zip(shape, axes, strict=True))
-    return spec(tuple(divided), rules.activations)
-
-
 def by_shards(
     function: Callable[..., jax.Array], in_specs: Any, out_specs: PartitionSpec, checked: bool = True
 ) -> Callable[..., jax.Array]:
@@ -55,10 +43,12 @@ def by_shards(
       function: of shards to a shard.
       in_specs: for each argument, a tree of PartitionSpecs like it.
       out_specs: of the result.
-      checked: whether jax follows which values differ between devices; not through a kernel that it does not see into.
+      checked: whether jax follows which values differ between devices; not through a kernel that it does not see into,
+        and never inside another such region, where a gradient does not survive it (jax 0.10.2).
     """
     mesh, _ = current()
     taken = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    checked = checked and not taken
     named = {axis for entry in out_specs for axis in ((entry,) if isinstance(entry, str) else entry or ())}
 
     def vary(x: jax.Array) -> jax.Array:

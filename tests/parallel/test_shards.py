@@ -53,7 +53,7 @@ def test_an_axis_that_its_devices_do_not_divide_is_kept_whole():
     mesh = parallel.build_mesh(parallel.MeshConfig(data=2, context=2, tensor=2))
     with parallel.use(mesh, parallel.DEFAULT_RULES):
         found = parallel.activation_spec((4, 6, 3, 8), "batch", "length", "activation_heads", None)
-    assert found == P(("data", "fsdp", "expert"), ("context",), None, None)
+    assert found == P(("data", "fsdp", "expert", "stage"), ("context",), None, None)
 
 
 def test_it_works_inside_a_stage():

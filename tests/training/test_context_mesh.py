@@ -27,12 +27,15 @@ MODELS = {
 CONTEXT_BY_TENSOR = MeshConfig(data=1, tensor=2, context=4)
 CONTEXT_BY_DATA = MeshConfig(data=2, context=4)
 THREE = MeshConfig(data=1, fsdp=2, tensor=2, context=2)
+WITH_STAGES = MeshConfig(data=1, tensor=2, context=2, stage=2)
 CASES = [
     ("decoder", Ring(), CONTEXT_BY_TENSOR),
     ("decoder", Ring(), THREE),
     ("decoder", Ulysses(), THREE),
     ("decoder", Ulysses(), CONTEXT_BY_DATA),
     ("decoder", Gather(), CONTEXT_BY_DATA),
+    ("decoder", Ring(), WITH_STAGES),
+    ("decoder", Ulysses(), WITH_STAGES),
     ("encoder", Ring(), CONTEXT_BY_DATA),
     ("encoder", Ulysses(), THREE),
     ("encoder-decoder", Ring(zigzag=False), THREE),

@@ -88,7 +88,7 @@ def _run(name: str, mesh: MeshConfig, sharding: Sharding, steps: int = 2):
     with assembly.placed():
         for number in range(steps):
             state, metrics = step(state, assembly.place(_batch(config.model, number)))
-            history.append([float(metrics[name]) for name in sorted(metrics)])
+            history.append(np.concatenate([np.ravel(metrics[name]) for name in sorted(metrics)]))
     places = jax.tree.map(
         lambda array, wanted: array.sharding.is_equivalent_to(wanted.sharding, array.ndim), state, assembly.state
     )
