@@ -6,7 +6,6 @@ step k runs, so the devices never wait for the host.
 """
 
 import dataclasses
-import hashlib
 import math
 import os
 import pathlib
@@ -27,6 +26,7 @@ from lm.training.assembly import Assembly, assemble, check_batch_size, check_tok
 from lm.training.checkpoints import Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
 from lm.training.meter import Meter
+from lm.training.order import chain
 from lm.training.state import TrainState, Tree, place
 from lm.training.step import TrainMetrics, make_train_step
 from lm.training.workdir import check_data, locked, open_workdir, save_config, write_record
@@ -190,7 +190,7 @@ class TrainLoop:
             if self._one_at_a_time:
                 jax.block_until_ready(metrics)
             self.step += 1
-            self.counters.data_order = _chain(self.counters.data_order, self.batches.digest())
+            self.counters.data_order = chain(self.counters.data_order, self.batches.digest())
             # Written down one step late: while this step runs, the last one's figures are read.
             self._note(pending)
             pending = (self.step, metrics, self.counters.data_order)
@@ -267,11 +267,6 @@ def _means(metrics: TrainMetrics) -> dict[str, float]:
         elif value.weight > 0:
             found[name] = float(value.sum) / float(value.weight)
     return found
-
-
-def _chain(before: str, digest: str) -> str:
-    """A hash of everything read so far, in order: equal hashes mean equal tokens in equal order."""
-    return hashlib.blake2b(f"{before}{digest}".encode(), digest_size=8).hexdigest()
 
 
 def train(
