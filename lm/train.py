@@ -2,8 +2,11 @@
 
 Stopped at any moment (also by kill -9), the same command goes on from the newest checkpoint with the
 same losses, bit for bit. Any field of the config is overridden by --config.PATH=VALUE; add --help to
-see them all. Exit status: 0 finished, 75 asked to stop and saved, 2 something to mend.
+see them all. Exit status: 0 finished, 75 asked to stop and saved, 2 something to mend,
+70 stopped by itself with a report on bad numbers or wrong hardware (do not start it again as it is).
 """
+
+import sys
 
 from absl import flags
 
@@ -29,9 +32,16 @@ def main(_: list[str]) -> int:
     # Only now the parts that start the devices.
     from lm.evaluation.heldout import make_evaluate
     from lm.interop import import_params
+    from lm.training.health import EXIT_SICK, SickRunError
     from lm.training.loop import EXIT_PREEMPTED, train
 
-    finished = train(experiment, _WORKDIR.value, make_evaluate, force_config=_FORCE.value, import_params=import_params)
+    try:
+        finished = train(
+            experiment, _WORKDIR.value, make_evaluate, force_config=_FORCE.value, import_params=import_params
+        )
+    except SickRunError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return EXIT_SICK
     return 0 if finished else EXIT_PREEMPTED
 
 

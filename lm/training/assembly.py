@@ -71,7 +71,7 @@ class Assembly:
         """Makes the first state of the run, each array on its devices from the start."""
         with self.placed():
             make = jax.jit(
-                lambda seed: init_state(self.model, self.optimizer, seed, self.experiment.optimizer.average),
+                lambda seed: _first_state(self.experiment, self.model, self.optimizer, seed),
                 out_shardings=jax.tree.map(lambda s: s.sharding, self.state),
             )
             return make(jnp.asarray(self.experiment.seed, jnp.int32))
@@ -118,6 +118,10 @@ def check_tokenizer(workdir: pathlib.Path, tokenizer: Any) -> None:
         )
 
 
+def _first_state(experiment: Experiment, model: Any, optimizer: Any, seed: jax.Array) -> TrainState:
+    return init_state(model, optimizer, seed, experiment.optimizer.average, experiment.health.spikes)
+
+
 def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     """Builds the parts of a run; allocates nothing on the devices.
 
@@ -134,9 +138,7 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     with parallel.shapes_only():
         params = jax.eval_shape(model.init, jax.random.key(0))
         optimizer = build_optimizer(experiment.optimizer, experiment.num_steps, params, model.axes())
-        shapes = jax.eval_shape(
-            lambda seed: init_state(model, optimizer, seed, experiment.optimizer.average), jnp.zeros((), jnp.int32)
-        )
+        shapes = jax.eval_shape(lambda seed: _first_state(experiment, model, optimizer, seed), jnp.zeros((), jnp.int32))
     check_shards(shapes.params, model.axes(), mesh, rules)
     shardings = state_shardings(model, shapes, mesh, rules)
     state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)

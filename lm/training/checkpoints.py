@@ -58,6 +58,8 @@ def _policy(config: CheckpointConfig) -> preservation_policy.PreservationPolicy:
 def _split(state: TrainState) -> tuple[Tree, Tree, dict[str, Any]]:
     """The three items of a train state: parameters, their average, and the rest."""
     rest = {"step": state.step, "opt_state": state.opt_state, "key": state.key}
+    if state.spikes is not None:
+        rest["spikes"] = state.spikes
     return state.params, state.average, rest
 
 
@@ -70,6 +72,7 @@ class Checkpoints:
         self._options = ocp.CheckpointManagerOptions(
             preservation_policy=_policy(config), enable_async_checkpointing=True, cleanup_tmp_directories=True
         )
+        self._every = config.every
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -121,6 +124,34 @@ class Checkpoints:
         if steps:
             raise CheckpointError(f"no checkpoint in {self.directory} can be read; " + "; ".join(reasons))
         return None
+
+    def restore_before(self, like: TrainState, before: int) -> Restored | None:
+        """Restores the newest sound checkpoint before a step; None if there is none, which is the start of the run.
+
+        It is a regular one, or the start before the first of these, so that it does not depend on when a run was
+        stopped; unless no regular one was kept.
+
+        Args:
+          like: as in `restore`.
+          before: the step.
+        """
+        self.wait()
+        if before <= self._every:
+            return None
+        older = [step for step in self.steps() if step < before]
+        regular = [step for step in older if step % self._every == 0]
+        for step in reversed(regular or older):
+            try:
+                return Restored(step, *self._read(step, like), [])
+            except Exception as error:  # as in `restore`
+                logging.warning("checkpoint %d cannot be read (%s); trying the one before it", step, _first_line(error))
+        return None
+
+    def forget_after(self, step: int) -> None:
+        """Deletes the checkpoints after a step that the run went back to: they are of no run any more."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def _read(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         params, average, rest = _split(like)

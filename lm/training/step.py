@@ -131,13 +131,25 @@ def describe_components(parts: WeightedSum, names: tuple[str, ...]) -> TrainMetr
     return found | {f"loss_tokens/{name}": parts.weight[i] for i, name in enumerate(names)}
 
 
+def means(metrics: TrainMetrics) -> dict[str, float]:
+    """Returns plain figures of metrics on the host; a mean over nothing is left out."""
+    found = {}
+    for name, value in metrics.items():
+        if not isinstance(value, WeightedSum):
+            found[name] = float(value)
+        elif value.weight > 0:
+            found[name] = float(value.sum) / float(value.weight)
+    return found
+
+
 def make_train_step(
     config: Experiment, model: Any, optimizer: optax.GradientTransformation, token_bytes: np.ndarray
 ) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
     """Returns the pure train step; jit it with the state donated.
 
     The metrics are f32[] scalars: those of `describe`, gradient_norm, parameter_norm, learning_rate,
-    and skipped (1 where the loss or the gradient was not finite and the update was left out); for a mixture of
+    and skipped (1 where the update was left out, because the loss or the gradient was not finite, or because they
+    were out of the bounds of `config.health.spikes`, where there are any; then `spike` tells which); for a mixture of
     objectives also those of `describe_components`, pairs whose weight is 0 where a batch has nothing of a component.
 
     Args:
@@ -147,8 +159,7 @@ def make_train_step(
       token_bytes: i32[V], UTF-8 bytes of each token.
     """
     learning_rate_at = config.optimizer.learning_rate_at(config.num_steps)
-    averaging = config.optimizer.average
-
+    averaging, bounds = config.optimizer.average, config.health.spikes
     names = config.objective.traits.component_names
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
@@ -157,12 +168,16 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         metrics = describe(sums, batch_counts(batch, jnp.asarray(token_bytes)))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        spike, spikes = jnp.zeros((), jnp.bool_), None
+        if bounds is not None:
+            spike, spikes = bounds.judge(state.spikes, metrics["loss"], norm, finite)
+        good = finite & ~spike
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = model.after_update(state.params, optax.apply_updates(state.params, updates), statistics)
         average = None if averaging is None else averaging.update(state.average, params, state.step)
 
         def keep(new: Tree, old: Tree) -> Tree:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         new = TrainState(
             step=state.step + 1,
@@ -170,13 +185,16 @@ def make_train_step(
             opt_state=keep(opt_state, state.opt_state),
             average=keep(average, state.average),
             key=state.key,
+            spikes=spikes,
         )
         metrics |= {
             "gradient_norm": norm,
             "parameter_norm": optax.tree.norm(state.params),
             "learning_rate": jnp.asarray(learning_rate_at(state.step), jnp.float32),
-            "skipped": 1.0 - finite.astype(jnp.float32),
+            "skipped": 1.0 - good.astype(jnp.float32),
         }
+        if bounds is not None:
+            metrics["spike"] = spike.astype(jnp.float32)
         return new, metrics | describe_components(sums[0].parts, names)
 
     return step

@@ -71,7 +71,7 @@ def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: 
     new = configs.to_json(experiment)
     if file.exists():
         try:
-            old = json.loads(file.read_text(encoding="utf-8"))
+            old = _with_new_fields(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ConfigError(f"{file} is not a saved config ({error}); move it away to start anew") from error
         changes = configs.differences(old, new)
@@ -95,6 +95,15 @@ def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: 
                 number += 1
             file.rename(workdir / f"config.json.{number}")
     write_atomically(file, json.dumps(new, indent=2) + "\n")
+
+
+def _with_new_fields(saved: Any) -> Any:
+    """Returns a saved config with the defaults of fields that came after it: an older version's run is no other run."""
+    try:
+        return configs.to_json(configs.from_json(Experiment, saved))
+    except ConfigError:
+        # It has what there is no more; the differences will name it.
+        return saved
 
 
 def read_config(workdir: pathlib.Path) -> Experiment:

@@ -18,7 +18,10 @@ TIMES = (
     "data_tokens_per_second",
     # Counted since the start of the process.
     "padding_fraction",
+    "goodput",
+    "recompilations",
 )
+TIME_PREFIXES = ("time/", "stalls/")
 
 
 def write_corpus(folder: pathlib.Path, num_documents: int = 60) -> str:
@@ -76,7 +79,11 @@ def run(program: str, *flags: str, **environment: str) -> tuple[int, str, str]:
 def history(workdir: pathlib.Path, split: str = "train") -> list[dict]:
     """The logged figures that must repeat bit for bit."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["split"] == split]
+    return [
+        {k: v for k, v in line.items() if k not in TIMES and not k.startswith(TIME_PREFIXES)}
+        for line in lines
+        if line["split"] == split
+    ]
 
 
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int, timeout: float = 240) -> None:

@@ -10,9 +10,8 @@ import pytest
 from lm.experiment import LossConfig
 from lm.objectives import Causal, Component, FillInTheMiddle, Mixture
 from lm.optim import build_optimizer
-from lm.training.loop import _means
 from lm.training.state import init_state
-from lm.training.step import make_train_step
+from lm.training.step import make_train_step, means
 from tests.training.experiments import TOKENIZER, one_device, random_batch, tiny
 
 MIXTURE = Mixture(
@@ -30,7 +29,7 @@ def _metrics(config, batch):
     with one_device():
         state = jax.jit(lambda: init_state(model, optimizer, jnp.asarray(0), None))()
         _, metrics = jax.jit(make_train_step(config, model, optimizer, TOKENIZER.token_bytes))(state, batch)
-    return _means(jax.device_get(metrics))
+    return means(jax.device_get(metrics))
 
 
 @pytest.mark.parametrize(("chunk", "num_microbatches"), [(None, 1), (5, 2)])
