@@ -32,7 +32,7 @@ from lm.training.order import Detours, PassedOver, chain
 from lm.training.recorder import Recorder
 from lm.training.state import TrainState, Tree, place
 from lm.training.step import means
-from lm.training.timeline import Timeline, age
+from lm.training.timeline import Timeline, age, read_seconds
 from lm.training.watchdog import Watchdog
 from lm.training.workdir import check_data, locked, open_workdir, read_starts, save_config, write_record
 
@@ -108,7 +108,8 @@ class TrainLoop:
         starts = read_starts(self.workdir)
         if found is not None:
             self.batches.set_state(found.data["batches"])
-        self._timeline.resume({} if found is None else found.data.get("times", {}), age(starts) if starts else 0.0)
+        seconds = read_seconds(self.workdir, 0 if found is None else found.step)
+        self._timeline.resume(seconds, age(starts) if starts else 0.0)
         state = self._go_on_from(found)
         self._detours.forget_after(self.step)
         # Killed after a roll back and before the next checkpoint: what was passed over is passed over again.
@@ -250,7 +251,7 @@ class TrainLoop:
         self.checkpoints.forget_after(to)
         detour = PassedOver(after=to, batches=left_out, spike=finished.step)
         self._detours.add(detour, write=jax.process_index() == 0)
-        self._timeline.go_back({} if found is None else found.data.get("times", {}))
+        self._timeline.go_back(read_seconds(self.workdir, to))
         box.append(self._go_on_from(found))
         self.batches.set_state(finished.data_state)
         self._recorder.go_back(to)
@@ -303,8 +304,7 @@ class TrainLoop:
 
     def _save(self, state: TrainState) -> None:
         with self._timeline.phase("save"):
-            counters = dataclasses.asdict(self.counters)
-            data = {"batches": self.batches.get_state(), "counters": counters, "times": self._timeline.saved()}
+            data = {"batches": self.batches.get_state(), "counters": dataclasses.asdict(self.counters)}
             figures = self._held_out[1] if self._held_out[0] == self.step else None
             self.checkpoints.save(state, data, figures or None)
 

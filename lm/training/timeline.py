@@ -9,6 +9,7 @@ import calendar
 import collections
 import contextlib
 import dataclasses
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,12 +17,16 @@ from typing import Any
 
 import jax
 
+from lm.training.logging import read_metrics
+
 # What of a start is remembered to tell a usual duration from an unusual one.
 _REMEMBERED = 101
 # Fewer durations of a phase than this tell nothing.
 _ENOUGH = 5
 # The phases whose duration is compared with that of a whole step.
 _OF_A_STEP = ("data", "step")
+# How the log calls the seconds of a phase, and those of none.
+_PREFIX, _LOST = "time/", "lost"
 _BACKEND_COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
@@ -44,6 +49,19 @@ def age(starts: list[dict[str, Any]]) -> float:
     """Returns the seconds since the first of the starts that run.json records, by the wall clock; never negative."""
     first = calendar.timegm(time.strptime(starts[0]["time"], "%Y-%m-%dT%H:%M:%SZ"))
     return max(0.0, time.time() - first)
+
+
+def read_seconds(workdir: pathlib.Path, step: int) -> dict[str, float]:
+    """Returns the seconds of each phase up to a step, or the last one before it that was logged; empty without one.
+
+    They are read from the log and not from checkpoints, whose bits do not depend on any clock.
+    """
+    found: dict[str, float] = {}
+    for line in read_metrics(workdir / "metrics.jsonl"):
+        if line["split"] == "train" and line["step"] <= step:
+            times = {name.removeprefix(_PREFIX): value for name, value in line.items() if name.startswith(_PREFIX)}
+            found = {name: value for name, value in times.items() if name != _LOST}
+    return found
 
 
 class Timeline:
@@ -129,10 +147,10 @@ class Timeline:
             jax.monitoring.unregister_event_duration_listener(self.compiled)
 
     def resume(self, seconds: Mapping[str, float], age: float) -> None:
-        """Adds what this process took so far to what a checkpoint holds.
+        """Adds what this process took so far to what the run took up to its checkpoint.
 
         Args:
-          seconds: of each phase, as from `saved` at the checkpoint.
+          seconds: of each phase, as from `read_seconds`.
           age: seconds since the run first began, by the wall clock; 0 at its first start.
         """
         self._close(self.place.phase)
@@ -142,13 +160,13 @@ class Timeline:
         self._before, self._began = max(age, sum(self.seconds.values())), self._mark
 
     def go_back(self, seconds: Mapping[str, float]) -> None:
-        """Goes back to what a checkpoint holds: what came after it is lost time."""
+        """Goes back to what the run took up to a checkpoint: what came after it is lost time."""
         self._close(self.place.phase)
         self.seconds.clear()
         self.seconds.update(seconds)
 
-    def saved(self) -> dict[str, float]:
-        """Returns the seconds of each phase so far, to be saved with a checkpoint."""
+    def so_far(self) -> dict[str, float]:
+        """Returns the seconds of each phase up to now."""
         self._close(self.place.phase)
         return dict(self.seconds)
 
@@ -158,10 +176,10 @@ class Timeline:
 
         Lost is what is in no phase of a step that counts: between two starts, and what was done again.
         """
-        seconds = self.saved()
+        seconds = self.so_far()
         whole = max(self._before + self._mark - self._began, sum(seconds.values()), 1e-9)
         found = {"goodput": seconds.get("step", 0.0) / whole}
-        found |= {f"time/{phase}": value for phase, value in seconds.items()}
-        found["time/lost"] = whole - sum(seconds.values())
+        found |= {f"{_PREFIX}{phase}": value for phase, value in seconds.items()}
+        found[_PREFIX + _LOST] = whole - sum(seconds.values())
         found |= {f"stalls/{phase}": float(value) for phase, value in self.stalls.items()}
         return found | {"recompilations": float(self.recompilations)}

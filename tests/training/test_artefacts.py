@@ -34,8 +34,6 @@ def test_released_run_loads_and_continues(artefact, tmp_path, monkeypatch):
     lines = {(line["step"], line["split"]): line for line in read_metrics(workdir / "metrics.jsonl")}
     for expected in json.loads((artefact / "expected.json").read_text()):
         got = lines[expected.pop("step"), expected.pop("split")]
-        # The same tokens in the same order, to the bit.
-        assert got["data_order"] == expected.pop("data_order") if "data_order" in expected else True
         # float32 sums, in another order on another number of devices or by another compiler.
         for name, value in expected.items():
             np.testing.assert_allclose(got[name], value, rtol=2e-5, err_msg=name)

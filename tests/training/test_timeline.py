@@ -1,10 +1,12 @@
 """Where time goes, by a clock that only moves when told: phases add up, stalls are told apart, goodput is a share."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
-from lm.training.timeline import Timeline, age
+from lm.training.timeline import Timeline, age, read_seconds
 
 
 class Clock:
@@ -80,7 +82,7 @@ def test_goodput_is_of_the_whole_run_and_forgets_what_was_done_again(clock):
     first = Timeline(clock=clock)
     first.resume({}, 0.0)
     _steps(first, clock, 8)
-    saved = first.saved()
+    saved = first.so_far()
     _steps(first, clock, 8)  # killed: these are lost
     clock.now += 4  # and nobody was there
     second = Timeline(clock=clock)
@@ -94,6 +96,17 @@ def test_goodput_is_of_the_whole_run_and_forgets_what_was_done_again(clock):
     # A roll back loses its steps too.
     second.go_back(saved)
     assert second.figures()["goodput"] == pytest.approx(6 / 29)
+
+
+def test_the_log_tells_what_a_run_took_up_to_a_step(clock, tmp_path):
+    timeline, lines = Timeline(clock=clock), []
+    timeline.resume({}, 0.0)
+    for step in (1, 2, 3):
+        _steps(timeline, clock, 1)
+        lines.append(json.dumps({"step": step, "split": "train", **timeline.figures()}) + "\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert read_seconds(tmp_path, 2) == pytest.approx({"start": 0, "data": 0.5, "step": 1.5})
+    assert read_seconds(tmp_path, 0) == {}
 
 
 def test_a_clock_that_went_backwards_makes_no_goodput_above_one(clock):

@@ -65,7 +65,7 @@ def make(target: pathlib.Path) -> None:
         for note in run.rglob("commit_success.txt"):
             note.write_text(note.read_text().replace(folder, ""))
         shutil.copytree(run, target / "run")
-        names = ("step", "split", "loss", "nll", "gradient_norm", "data_order")
+        names = ("step", "split", "loss", "nll", "gradient_norm")
         figures = [{name: line[name] for name in names if name in line} for line in expected]
         (target / "expected.json").write_text(json.dumps(figures, indent=1) + "\n")
 
