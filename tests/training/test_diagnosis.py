@@ -51,6 +51,12 @@ def test_a_parameter_and_a_loss_are_told_from_activations(parts):
     assert "the loss of tokens is not" in _find(assembly, params, batch)
 
 
+def test_a_healthy_model_has_nothing_to_find(parts):
+    assembly, params = parts
+    assert _find(assembly, jax.tree.map(jnp.asarray, params)) == "every activation, loss and gradient is finite"
+
+
+@pytest.mark.slow
 def test_a_healthy_model_of_experts_with_remat_has_nothing_to_find():
     model = dataclasses.replace(tiny().model, num_layers=1, remat="full", mlp=MixtureOfExperts(num_experts=4))
     assembly = assemble(tiny(model=model), TOKENIZER)

@@ -118,9 +118,6 @@ def test_too_many_in_a_row_stop_the_run_with_a_report(tmp_path, corpus, monkeypa
     assert "every activation is finite, and the loss of tokens is not" in report
     assert event["document_ids"][0] in report
     assert f"python -m lm.replay --workdir={workdir} --step=6" in report
-    # Started again it comes to the same end, from the checkpoint before.
-    with pytest.raises(SickRunError, match="stopped at step 6"):
-        _train(run, workdir)
 
 
 def test_a_step_is_computed_twice_and_told_if_a_bit_differs(tmp_path, corpus, monkeypatch):
