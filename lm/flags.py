@@ -108,6 +108,21 @@ def _help(argv: Sequence[str], module: str, schema: Callable[[], type] | None) -
     return "\n".join(lines)
 
 
+def define_start() -> None:
+    """Defines the flags by which the processes of a run find each other; see `start`."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0. Not needed on TPU pods, under Slurm and Open MPI: jax finds them."
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes; 1 stays alone even where jax finds more.")
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
+    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait until all processes have joined.")
+
+
+def start() -> dict[str, Any]:
+    """Returns the values of the flags of `define_start`, the arguments of `lm.parallel.processes.Start`."""
+    return {name: flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id", "join_timeout")}
+
+
 def resolve(path: str | None, overrides: dict[str, str], schema: type) -> Any:
     """Loads the config at `path`, applies the overrides and checks every leaf's type.
 

@@ -2,7 +2,9 @@
 
 Stopped at any moment (also by kill -9), the same command goes on from the newest checkpoint with the
 same losses, bit for bit. Any field of the config is overridden by --config.PATH=VALUE; add --help to
-see them all. Exit status: 0 finished, 75 asked to stop and saved, 2 something to mend.
+see them all. Several processes are one run: the same command in each, with --coordinator, --num_processes and
+--process_id where jax cannot find them itself.
+Exit status: 0 finished, 75 asked to stop and saved, 2 something to mend.
 """
 
 from absl import flags
@@ -12,6 +14,7 @@ from lm.config import ConfigError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, tokenizer.")
 _FORCE = flags.DEFINE_bool("force_config", False, "Go on in a folder that holds another config.")
+program.define_start()
 
 
 def _schema() -> type:
@@ -29,8 +32,11 @@ def main(_: list[str]) -> int:
     # Only now the parts that start the devices.
     from lm.evaluation.heldout import make_evaluate
     from lm.interop import import_params
+    from lm.parallel import processes
     from lm.training.loop import EXIT_PREEMPTED, train
+    from lm.training.workdir import open_workdir
 
+    processes.join(processes.Start(**program.start()), open_workdir(_WORKDIR.value) / "processes" / "train")
     finished = train(experiment, _WORKDIR.value, make_evaluate, force_config=_FORCE.value, import_params=import_params)
     return 0 if finished else EXIT_PREEMPTED
 

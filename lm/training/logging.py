@@ -45,16 +45,20 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 class MetricsWriter:
     """Appends figures to metrics.jsonl and to a TensorBoard event file."""
 
-    def __init__(self, workdir: pathlib.Path, config: LoggingConfig, first_step: int) -> None:
+    def __init__(self, workdir: pathlib.Path | None, config: LoggingConfig, first_step: int) -> None:
         """Opens both files.
 
         Args:
-          workdir: of the run.
+          workdir: of the run; None writes nothing, as all processes but the first do.
           config: whether to write event files.
           first_step: number of updates done; later lines of an interrupted run are taken back.
         """
+        self._file: TextIO | None = None
+        self._events = None
+        if workdir is None:
+            return
         self._path = workdir / "metrics.jsonl"
-        self._file: TextIO = self._reopen(lambda line: line["step"] <= first_step)
+        self._file = self._reopen(lambda line: line["step"] <= first_step)
         self._events = EventFileWriter(str(workdir / "tensorboard")) if config.tensorboard else None
         if self._events is not None and first_step:
             # Tells TensorBoard to forget what an interrupted run logged after this step.
@@ -70,6 +74,8 @@ class MetricsWriter:
 
     def take_back(self, step: int, split: str) -> None:
         """Takes back the line of a step that is measured again."""
+        if self._file is None:
+            return
         self._file.close()
         self._file = self._reopen(lambda line: (line["step"], line["split"]) != (step, split))
 
@@ -82,6 +88,12 @@ class MetricsWriter:
           values: figures by name.
           **notes: words for metrics.jsonl only.
         """
+        if self._file is None:
+            return
+        if not self._path.exists():
+            # Deleted underneath: what is written now at least is kept.
+            self._file.close()
+            self._file = self._path.open("a", encoding="utf-8")
         shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         self._file.write(json.dumps({"step": step, "split": split, **notes, **shown}) + "\n")
         self._file.flush()
@@ -91,7 +103,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes both files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -109,9 +122,10 @@ def _duration(seconds: float) -> str:
 class Progress:
     """The terminal's view of a run: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, config: LoggingConfig, first_step: int, num_steps: int) -> None:
-        """Starts at `first_step` of `num_steps`."""
-        wanted = config.progress
+    def __init__(self, config: LoggingConfig | None, first_step: int, num_steps: int) -> None:
+        """Starts at `first_step` of `num_steps`; without a config it is silent, as all processes but the first are."""
+        self._silent = config is None
+        wanted = "none" if config is None else config.progress
         if wanted == "auto":
             wanted = "bar" if sys.stderr.isatty() else "lines"
         self._lines = wanted == "lines"
@@ -139,6 +153,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line without disturbing the bar."""
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:

@@ -7,6 +7,7 @@ step k runs, so the devices never wait for the host.
 
 import dataclasses
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -21,8 +22,10 @@ import jax
 
 from lm.batch import WeightedSum
 from lm.config import ConfigError, UserError
-from lm.data import Batches, fingerprint, load_tokenizer, train_batches
+from lm.data import Batches, fingerprint, load_tokenizer, merge_states, train_batches
 from lm.experiment import Experiment
+from lm.parallel import processes
+from lm.training.agreement import Agreement, Word
 from lm.training.assembly import Assembly, assemble, check_batch_size, check_tokenizer, use_compilation_cache
 from lm.training.checkpoints import Checkpoints, restore_params
 from lm.training.logging import MetricsWriter, Progress
@@ -77,8 +80,8 @@ def _stop_requested() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# (step, its metrics still on the devices, hash of the data read up to it)
-Finished = tuple[int, TrainMetrics, str]
+# (step, its metrics still on the devices, what the processes said at it)
+Finished = tuple[int, TrainMetrics, Word]
 
 
 class TrainLoop:
@@ -104,6 +107,9 @@ class TrainLoop:
         self.counters = Counters()
         self.step = 0
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
+        self._agreement = Agreement(assembly)
+        # Whether all processes know by now that one was asked to stop.
+        self._stop_agreed = False
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
         devices = assembly.mesh.devices
         self._one_at_a_time = devices.size > 1 and devices.flat[0].platform == "cpu"
@@ -134,8 +140,9 @@ class TrainLoop:
 
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""
-        self._writer = MetricsWriter(self.workdir, self.config.logging, self.step)
-        self._progress = Progress(self.config.logging, self.step, self.config.num_steps)
+        first = processes.is_first()
+        self._writer = MetricsWriter(self.workdir if first else None, self.config.logging, self.step)
+        self._progress = Progress(self.config.logging if first else None, self.step, self.config.num_steps)
         self._meter = Meter(self.config, self.assembly)
         box = [state]
         try:
@@ -148,9 +155,11 @@ class TrainLoop:
             self._say_goodbye(finished)
             return finished
         except UserError:
-            # Something outside the state is wrong (data, disk): what was computed is kept.
-            self._save(box[0])
-            self.checkpoints.wait()
+            # Something outside the state is wrong (data, disk): what was computed is kept. Of many processes the
+            # others do not know of it and would not save with this one.
+            if jax.process_count() == 1:
+                self._save(box[0])
+                self.checkpoints.wait()
             raise
         finally:
             self._progress.close()
@@ -175,7 +184,7 @@ class TrainLoop:
         step = make_train_step(self.config, model, self.assembly.optimizer, tokenizer.token_bytes)
         step = jax.jit(step, donate_argnums=0)
         pending: Finished | None = None
-        while self.step < self.config.num_steps and not stop.is_set():
+        while self.step < self.config.num_steps and not self._stops(stop):
             started = time.perf_counter()
             try:
                 batch = next(self.batches, None)
@@ -190,17 +199,21 @@ class TrainLoop:
             if self._one_at_a_time:
                 jax.block_until_ready(metrics)
             self.step += 1
-            self.counters.data_order = _chain(self.counters.data_order, self.batches.digest())
+            word = self._agreement.say(self.batches, stop.is_set())
             # Written down one step late: while this step runs, the last one's figures are read.
             self._note(pending)
-            pending = (self.step, metrics, self.counters.data_order)
+            pending = (self.step, metrics, word)
             if self._due():
                 self._note(pending)
                 pending = None
                 self._evaluate_and_save(box[0])
                 self._meter.restart()
-        self._note(pending, last=not stop.is_set())
-        return not stop.is_set() or self.step >= self.config.num_steps
+        self._note(pending, last=not self._stops(stop))
+        return not self._stops(stop) or self.step >= self.config.num_steps
+
+    def _stops(self, stop: threading.Event) -> bool:
+        """Returns whether to stop now; of many processes all do at the same step, one after they heard of it."""
+        return self._stop_agreed if jax.process_count() > 1 else stop.is_set()
 
     def _due(self) -> bool:
         every = (self.config.evaluation.every, self.config.checkpoint.every)
@@ -210,8 +223,11 @@ class TrainLoop:
         """Counts one finished step, and writes it down if it is time to."""
         if finished is None:
             return
-        step, metrics, order = finished
+        step, metrics, word = finished
         values = _means(jax.device_get(metrics))
+        digest, stop = self._agreement.hear(word)
+        self._stop_agreed |= stop
+        self.counters.data_order = _chain(self.counters.data_order, digest)
         self.counters.seen_tokens += int(values["seen_tokens"])
         self.counters.skipped_steps += int(values["skipped"])
         self._meter.stepped(values["seen_tokens"])
@@ -226,7 +242,7 @@ class TrainLoop:
             if speed:
                 speed["data_tokens_per_second"] = data["tokens_per_second"]
                 speed["padding_fraction"] = data["padding_fraction"]
-            self._writer.write(step, "train", values | speed, data_order=order)
+            self._writer.write(step, "train", values | speed, data_order=self.counters.data_order)
 
     def _evaluate_and_save(self, state: TrainState) -> None:
         every = self.config.evaluation.every
@@ -253,7 +269,9 @@ class TrainLoop:
             )
 
     def _save(self, state: TrainState) -> None:
-        data = {"batches": self.batches.get_state(), "counters": dataclasses.asdict(self.counters)}
+        states = [json.loads(text) for text in processes.gather(json.dumps(self.batches.get_state()))]
+        whole = merge_states(list({state["first"]: state for state in states}.values()))
+        data = {"batches": whole, "counters": dataclasses.asdict(self.counters)}
         figures = self._held_out[1] if self._held_out[0] == self.step else None
         self.checkpoints.save(state, data, figures or None)
 
@@ -300,36 +318,41 @@ def train(
     experiment.validate()
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir)
-    with locked(folder):
+    with processes.first_holds(locked(folder)):
         # Only a first start reads it: a run goes on when the folder it came from is gone.
         if not any((folder / "checkpoints").glob("*")) and not os.path.isdir(experiment.init_from or "."):
             raise ConfigError(f"config.init_from: no directory {experiment.init_from}")
-        save_config(folder, experiment, force_config=force_config)
+
+        def prepare() -> None:
+            save_config(folder, experiment, force_config=force_config)
+            load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
+
+        processes.first(prepare)
         tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
         check_batch_size(experiment, assembly.mesh)
         batches = train_batches(
-            experiment.data,
-            experiment.objective,
-            tokenizer,
-            experiment.batch_size,
-            jax.process_index(),
-            jax.process_count(),
+            experiment.data, experiment.objective, tokenizer, experiment.batch_size, *assembly.row_block()
         )
         checkpoints = Checkpoints(folder, experiment.checkpoint)
         try:
             loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params)
             state = loop.restore()
-            data = fingerprint(experiment.data)
-            if loop.step:
-                check_data(folder, data, force_config=force_config)
-            facts = {
-                "from_step": loop.step,
-                "data_fingerprint": data,
-                "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.state.params)),
-            }
-            write_record(folder, experiment, assembly.mesh, facts)
+            processes.first(lambda: _record(loop, force_config))
             return loop.run(state)
         finally:
             checkpoints.close()
             batches.close()
+
+
+def _record(loop: TrainLoop, force_config: bool) -> None:
+    """Writes this start down, unless the text is not what the run has read so far."""
+    data = fingerprint(loop.config.data)
+    if loop.step:
+        check_data(loop.workdir, data, force_config=force_config)
+    facts = {
+        "from_step": loop.step,
+        "data_fingerprint": data,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(loop.assembly.state.params)),
+    }
+    write_record(loop.workdir, loop.config, loop.assembly.mesh, facts)
