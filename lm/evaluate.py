@@ -30,12 +30,13 @@ def main(_: list[str]) -> int:
     from lm.parallel import processes
     from lm.training.assembly import load_run
 
-    processes.join(processes.Start(**program.start()), pathlib.Path(_WORKDIR.value) / "processes" / "evaluate")
-    run = load_run(_WORKDIR.value, _STEP.value)
-    data = None
-    if _DATA.value is not None:
-        data = dataclasses.replace(run.experiment.data, source=_DATA.value, validation_fraction=1.0)
-    figures = make_evaluate(run.assembly, data, _BATCH_SIZE.value)(run.params, True)
+    start = processes.Start(**program.start())
+    with processes.joined(start, pathlib.Path(_WORKDIR.value) / "processes" / "evaluate"):
+        run = load_run(_WORKDIR.value, _STEP.value)
+        data = None
+        if _DATA.value is not None:
+            data = dataclasses.replace(run.experiment.data, source=_DATA.value, validation_fraction=1.0)
+        figures = make_evaluate(run.assembly, data, _BATCH_SIZE.value)(run.params, True)
     if not figures:
         raise ConfigError(
             f"{_WORKDIR.value} held nothing out (data.validation_fraction is 0); name text with --data=FILES"

@@ -36,8 +36,9 @@ def main(_: list[str]) -> int:
     from lm.training.loop import EXIT_PREEMPTED, train
     from lm.training.workdir import open_workdir
 
-    processes.join(processes.Start(**program.start()), open_workdir(_WORKDIR.value) / "processes" / "train")
-    finished = train(experiment, _WORKDIR.value, make_evaluate, force_config=_FORCE.value, import_params=import_params)
+    start, folder, force = processes.Start(**program.start()), open_workdir(_WORKDIR.value), _FORCE.value
+    with processes.joined(start, folder / "processes" / "train"):
+        finished = train(experiment, str(folder), make_evaluate, force_config=force, import_params=import_params)
     return 0 if finished else EXIT_PREEMPTED
 
 

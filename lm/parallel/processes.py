@@ -14,6 +14,8 @@ import pathlib
 import re
 import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -29,6 +31,8 @@ from lm.parallel.axes import Rules, spec
 
 # Seconds between two signs of life of a process that waits for the others.
 _SIGN = 0.2
+# Seconds that the first process lets the others speak when all end with an error.
+_LAST_WORDS = 2.0
 # What jax says where it finds neither a TPU pod, nor Slurm, nor Open MPI, nor Kubernetes.
 _NO_CLUSTER = "coordinator_address should be defined"
 
@@ -191,6 +195,29 @@ def join(start: Start, folder: pathlib.Path) -> None:
     finally:
         joined.set()
         watcher.join()
+
+
+@contextlib.contextmanager
+def joined(start: Start, folder: pathlib.Path) -> Iterator[None]:
+    """Joins the processes, and on an error ends this one at once: the others would wait for it in vain, or it for them.
+
+    Arguments and errors as for `join`.
+    """
+    join(start, folder)
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, UserError):
+            print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        if is_first():
+            # With this process the runtime ends for all; the others should say first what they have to say.
+            time.sleep(_LAST_WORDS)
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def is_first() -> bool:

@@ -339,10 +339,16 @@ def train(
             loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params)
             state = loop.restore()
             processes.first(lambda: _record(loop, force_config))
-            return loop.run(state)
+            finished = loop.run(state)
+        except BaseException:
+            # Of many processes the others do not know of it and would not close with this one.
+            if jax.process_count() == 1:
+                checkpoints.close()
+            raise
         finally:
-            checkpoints.close()
             batches.close()
+        checkpoints.close()
+        return finished
 
 
 def _record(loop: TrainLoop, force_config: bool) -> None:
