@@ -5,6 +5,7 @@ Knows no particular config or program, imports no jax.
 """
 
 import contextlib
+import errno
 import itertools
 import pathlib
 import sys
@@ -15,6 +16,9 @@ from absl import app, flags, logging
 
 from lm import config as configs
 from lm.config import ConfigError, UserError
+
+# What a disk says that is full, read-only, or failing.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 _OVERRIDES: dict[str, str] = {}
 
@@ -52,6 +56,12 @@ def _exit_status_2() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"{pathlib.Path(sys.argv[0]).stem}: the disk cannot be used: {error.strerror}{where}", file=sys.stderr)
         sys.exit(2)
 
 

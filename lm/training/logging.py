@@ -11,7 +11,9 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any, BinaryIO
+
+from absl import logging
 
 # Generated classes, which type checkers cannot see.
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] generated
@@ -53,7 +55,9 @@ class MetricsWriter:
           config: whether to write event files.
           first_step: number of updates done; later lines of an interrupted run are taken back.
         """
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
+        # Lines that a full disk did not take yet.
+        self._waiting = b""
         self._events = None
         if workdir is None:
             return
@@ -66,11 +70,11 @@ class MetricsWriter:
                 Event(step=first_step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
             )
 
-    def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> TextIO:
+    def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> BinaryIO:
         if self._path.exists():
             kept = [line for line in read_metrics(self._path) if is_kept(line)]
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        return self._path.open("a", encoding="utf-8")
+        return self._path.open("ab", buffering=0)
 
     def take_back(self, step: int, split: str) -> None:
         """Takes back the line of a step that is measured again."""
@@ -93,10 +97,17 @@ class MetricsWriter:
         if not self._path.exists():
             # Deleted underneath: what is written now at least is kept.
             self._file.close()
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = self._path.open("ab", buffering=0)
         shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **notes, **shown}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "split": split, **notes, **shown}) + "\n"
+        known, self._waiting = bool(self._waiting), self._waiting + line.encode()
+        try:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not known:
+                logging.error(
+                    "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
+                )
         if self._events is not None:
             scalars = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
             self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
