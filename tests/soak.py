@@ -125,16 +125,19 @@ def _kill(processes: list[subprocess.Popen], victim: int, kind: str) -> list[int
     return _reap(processes)
 
 
-def _wait(processes: list[subprocess.Popen], has_come: Callable[[], bool]) -> bool:
-    """Waits for a moment; returns whether it came before the run ended."""
+def _wait(processes: list[subprocess.Popen], seen: Watched, moment: str, step: int) -> str | None:
+    """Waits for a moment; returns what came: it, that it was too short to be seen, or None for the run's end."""
+    starts, has_come = seen.starts(), MOMENTS[moment]
     deadline = time.monotonic() + LIMIT
     while all(process.poll() is None for process in processes):
-        if has_come():
-            return True
+        if has_come(seen, step, starts):
+            return moment
+        if seen.step() >= step + 2 * EVERY:
+            return f"{moment} missed"
         if time.monotonic() > deadline:
             raise AssertionError(f"neither the moment nor the end came in {LIMIT} s")
         time.sleep(0.0005)
-    return False
+    return None
 
 
 def _compare(whole: pathlib.Path, broken: pathlib.Path, num_steps: int) -> None:
@@ -172,7 +175,7 @@ def _compare(whole: pathlib.Path, broken: pathlib.Path, num_steps: int) -> None:
 def soak(folder: pathlib.Path, case: Case, kills: int, rng: random.Random, say: Callable[[str], None]) -> list[str]:
     """Runs a case once unbroken and once with kills; returns what was killed how, and raises if they differ."""
     folder.mkdir(parents=True, exist_ok=True)
-    num_steps = 20 * kills + 2 * EVERY
+    num_steps = 30 * kills + 2 * EVERY
     base = case.make(folder / "text", num_steps=num_steps, batch_size=8)
     experiment = dataclasses.replace(
         base,
@@ -188,19 +191,18 @@ def soak(folder: pathlib.Path, case: Case, kills: int, rng: random.Random, say: 
         if not moments:
             moments = rng.sample(list(MOMENTS), len(MOMENTS))
         moment, kind = moments.pop(), rng.choice(("SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP"))
-        step, starts = seen.step() + rng.randrange(1, EVERY + 3), seen.starts()
+        step = seen.step() + rng.randrange(1, EVERY + 3)
         processes = _start(case, [config, f"--workdir={broken}"])
-        if not _wait(processes, lambda m=moment, n=step, s=starts: MOMENTS[m](seen, n, s)):
+        came = _wait(processes, seen, moment, step)
+        if came is None:
             _finish(processes)
             say(f"{case.name}: finished before a {moment} came")
             break
         time.sleep(rng.uniform(0, DELAYS.get(moment, 0.01)))
         victim = rng.randrange(case.processes)
         codes = _kill(processes, victim, kind)
-        done.append(f"{moment}, {kind}")
-        say(
-            f"{case.name}: kill {len(done)}: {kind} of process {victim} in {moment} at step {seen.step()}, exit {codes}"
-        )
+        done.append(f"{came}, {kind}")
+        say(f"{case.name}: {kind} of process {victim} in {came} at step {seen.step()}: exit {codes}")
     _finish(_start(case, [config, f"--workdir={broken}"]))
     _compare(whole, broken, num_steps)
     return done

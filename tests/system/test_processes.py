@@ -1,6 +1,7 @@
 """Many processes: a run moves between meshes of processes and devices as if nothing had changed, and ends cleanly."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -105,3 +106,24 @@ def _one_device():
     return jax.make_mesh(
         (1,) * 6, parallel.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 6, devices=jax.devices()[:1]
     )
+
+
+def test_a_process_that_never_joins_is_named(tmp_path, experiment):
+    flags = [experiments.save(experiment, tmp_path / "config.json"), f"--workdir={tmp_path / 'run'}"]
+    flags += [f"--coordinator=127.0.0.1:{runs.free_port()}", "--num_processes=3", "--join_timeout=3"]
+    code, _, err = runs.run("lm.train", *flags, "--process_id=0")
+    assert code == 2
+    assert err.strip().splitlines()[-1] == (
+        "train: processes 1, 2 of 3 did not join within 3 s: look at what they say, then start all 3 again"
+    )
+
+
+def test_what_stops_the_first_process_stops_all(tmp_path, experiment):
+    flags = [experiments.save(experiment, tmp_path / "config.json"), f"--workdir={tmp_path / 'run'}"]
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock.0").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ended = runs.run_many("lm.train", 2, 1, *flags, timeout=120)
+    for code, _, err in ended:
+        assert code == 2, err
+        assert "is in use by process" in err
