@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
@@ -24,6 +25,7 @@ from lm.config import ConfigError
 from lm.data import Bytes, load_tokenizer
 from lm.experiment import Experiment, too_few_ids
 from lm.optim import build_optimizer
+from lm.parallel import processes
 from lm.training.checkpoints import restore_params
 from lm.training.state import TrainState, Tree, init_state, state_shardings
 from lm.training.workdir import read_config
@@ -59,13 +61,18 @@ class Assembly:
 
     def place(self, batch: Batch) -> Batch:
         """Moves this process's rows to its devices; the result is the global batch."""
+        num_blocks = self.row_block()[1]
 
         def to_devices(x: Any) -> jax.Array:
             axes = ("batch", "length")[: x.ndim]
             sharding = NamedSharding(self.mesh, parallel.spec(axes, self.rules.activations))
-            return jax.make_array_from_process_local_data(sharding, x)
+            return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * num_blocks, *x.shape[1:]))
 
         return jax.tree.map(to_devices, batch)
+
+    def row_block(self) -> tuple[int, int]:
+        """Returns which block of each batch's rows this process reads, and of how many; see `processes.row_block`."""
+        return processes.row_block(self.mesh, self.rules)
 
     def init(self) -> TrainState:
         """Makes the first state of the run, each array on its devices from the start."""
@@ -74,7 +81,7 @@ class Assembly:
                 lambda seed: _first_state(self.experiment, self.model, self.optimizer, seed),
                 out_shardings=jax.tree.map(lambda s: s.sharding, self.state),
             )
-            return make(jnp.asarray(self.experiment.seed, jnp.int32))
+            return make(np.asarray(self.experiment.seed, np.int32))
 
 
 def use_compilation_cache(directory: str | None) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from lm.batch import Batch
 from lm.experiment import HealthConfig
+from lm.training.agreement import Word
 from lm.training.events import Events
 from lm.training.step import TrainMetrics
 
@@ -48,20 +49,22 @@ class Finished(NamedTuple):
     Attributes:
       step: its number, from 1.
       metrics: still on the devices.
-      order: hash of the data read up to it.
+      word: what the processes said at it.
       number: of its batch.
       batch: this process's rows of it, on the host.
       document_ids: of these rows.
       data_state: of the data behind it.
+      order: hash of the data read up to it, once that is heard.
     """
 
     step: int
     metrics: TrainMetrics
-    order: str
+    word: Word
     number: int
     batch: Batch
     document_ids: list[str]
     data_state: dict[str, Any]
+    order: str = ""
 
 
 class Verdict(enum.Enum):

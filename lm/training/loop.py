@@ -6,6 +6,7 @@ step k runs, so the devices never wait for the host.
 """
 
 import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -19,10 +20,12 @@ import jax
 
 from lm.batch import Batch
 from lm.config import ConfigError, UserError
-from lm.data import Batches, fingerprint, load_tokenizer, train_batches
+from lm.data import Batches, fingerprint, load_tokenizer, merge_states, train_batches
 from lm.experiment import Experiment
 from lm.optim import RollBack
+from lm.parallel import processes
 from lm.training.advance import Advance, UnequalError
+from lm.training.agreement import Agreement
 from lm.training.assembly import Assembly, assemble, check_batch_size, check_tokenizer, use_compilation_cache
 from lm.training.checkpoints import Checkpoints, Restored, restore_params
 from lm.training.diagnosis import find_first_bad
@@ -98,6 +101,9 @@ class TrainLoop:
         self._verdict: tuple[Verdict, Finished] | None = None
         self._is_compiled = False
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
+        self._agreement = Agreement(assembly)
+        # Whether all processes know by now that one was asked to stop.
+        self._stop_agreed = False
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
         devices = assembly.mesh.devices
         self._one_at_a_time = devices.size > 1 and devices.flat[0].platform == "cpu"
@@ -142,7 +148,7 @@ class TrainLoop:
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""
         self._recorder = Recorder(self.assembly, self.workdir, self.step, self._timeline)
-        watchdog = Watchdog(self._timeline, self._events, lambda: self.step, self._recorder.say)
+        watchdog = Watchdog(self._timeline, self._events, lambda: self.step, self._recorder.warn)
         box = [state]
         try:
             with (
@@ -159,8 +165,9 @@ class TrainLoop:
             self._recorder.say_goodbye(self.step, self.counters, self.batches.statistics(), finished=finished)
             return finished
         except UserError:
-            # Something outside the state is wrong (data, disk): what was computed is kept.
-            if box:
+            # Something outside the state is wrong (data, disk): what was computed is kept. Of many processes the
+            # others do not know of it and would not save with this one.
+            if box and jax.process_count() == 1:
                 self._save(box[0])
                 self.checkpoints.wait()
             raise
@@ -182,7 +189,7 @@ class TrainLoop:
     def _run_good_steps(self, advance: Advance, box: list[TrainState], stop: threading.Event) -> bool:
         """Runs steps until the run is done, is to stop, or a step asks for more than going on."""
         pending: Finished | None = None
-        while self.step < self.config.num_steps and not stop.is_set():
+        while self.step < self.config.num_steps and not self._stops(stop):
             try:
                 with self._timeline.phase("data"):
                     batch = next(self.batches, None)
@@ -193,7 +200,7 @@ class TrainLoop:
             if batch is None:  # data.num_epochs are over
                 break
             self._recorder.meter.waited(self._timeline.last)
-            last, pending = pending, self._advance(advance, box, batch)
+            last, pending = pending, self._advance(advance, box, batch, stop.is_set())
             # Written down one step late: while this step runs, the last one's figures are read.
             self._note(last)
             if self._verdict is None and (self._due() or self._health.is_on_edge(self.counters)):
@@ -204,15 +211,18 @@ class TrainLoop:
             if self._due():
                 self._evaluate_and_save(box[0])
                 self._recorder.meter.restart()
-        self._note(pending, last=not stop.is_set())
-        return not stop.is_set() or self.step >= self.config.num_steps
+        self._note(pending, last=not self._stops(stop))
+        return not self._stops(stop) or self.step >= self.config.num_steps
 
-    def _advance(self, advance: Advance, box: list[TrainState], batch: Batch) -> Finished:
+    def _stops(self, stop: threading.Event) -> bool:
+        """Returns whether to stop now; of many processes all do at the same step, one after they heard of it."""
+        return self._stop_agreed if jax.process_count() > 1 else stop.is_set()
+
+    def _advance(self, advance: Advance, box: list[TrainState], batch: Batch, stop: bool) -> Finished:
         """Dispatches one step; the first of a process also compiles it."""
-        placed = self.assembly.place(batch)
-        state = self.batches.get_state()
-        number, order = self.step + 1, chain(self.counters.data_order, self.batches.digest())
-        finished = Finished(number, {}, order, state["batches"], batch, self.batches.document_ids(), state)
+        placed, state, number = self.assembly.place(batch), self.batches.get_state(), self.step + 1
+        word = self._agreement.say(self.batches, stop)
+        finished = Finished(number, {}, word, state["batches"], batch, self.batches.document_ids(), state)
         with self._timeline.phase("step" if self._is_compiled else "compile"):
             try:
                 box[0], metrics = advance(box[0], placed, number)
@@ -223,7 +233,7 @@ class TrainLoop:
             if self._one_at_a_time:
                 jax.block_until_ready(metrics)
         self._is_compiled = True
-        self.step, self.counters.data_order = number, order
+        self.step = number
         return finished._replace(metrics=metrics)
 
     def _too_many_skipped(self, state: TrainState, finished: Finished) -> SickRunError:
@@ -271,6 +281,10 @@ class TrainLoop:
         with self._timeline.phase("step"):
             values = means(jax.device_get(finished.metrics))
         self._timeline.step_done()
+        digest, stop = self._agreement.hear(finished.word)
+        self._stop_agreed |= stop
+        self.counters.data_order = chain(self.counters.data_order, digest)
+        finished = finished._replace(order=self.counters.data_order)
         self.counters.seen_tokens += int(values["seen_tokens"])
         verdict = self._health.judge(finished, values, self.counters)
         if verdict is not Verdict.GO_ON:
@@ -304,7 +318,9 @@ class TrainLoop:
 
     def _save(self, state: TrainState) -> None:
         with self._timeline.phase("save"):
-            data = {"batches": self.batches.get_state(), "counters": dataclasses.asdict(self.counters)}
+            states = [json.loads(text) for text in processes.gather(json.dumps(self.batches.get_state()))]
+            whole = merge_states(list({state["first"]: state for state in states}.values()))
+            data = {"batches": whole, "counters": dataclasses.asdict(self.counters)}
             figures = self._held_out[1] if self._held_out[0] == self.step else None
             self.checkpoints.save(state, data, figures or None)
 
@@ -336,36 +352,47 @@ def train(
     timeline = Timeline(experiment.health.slow_factor)
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir)
-    with locked(folder):
+    with processes.first_holds(locked(folder)):
         # Only a first start reads it: a run goes on when the folder it came from is gone.
         if not any((folder / "checkpoints").glob("*")) and not os.path.isdir(experiment.init_from or "."):
             raise ConfigError(f"config.init_from: no directory {experiment.init_from}")
-        save_config(folder, experiment, force_config=force_config)
+
+        def prepare() -> None:
+            save_config(folder, experiment, force_config=force_config)
+            load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
+
+        processes.first(prepare)
         tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
         check_batch_size(experiment, assembly.mesh)
         batches = train_batches(
-            experiment.data,
-            experiment.objective,
-            tokenizer,
-            experiment.batch_size,
-            jax.process_index(),
-            jax.process_count(),
+            experiment.data, experiment.objective, tokenizer, experiment.batch_size, *assembly.row_block()
         )
         checkpoints = Checkpoints(folder, experiment.checkpoint)
         try:
             loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params, timeline)
             state = loop.restore()
-            data = fingerprint(experiment.data)
-            if loop.step:
-                check_data(folder, data, force_config=force_config)
-            facts = {
-                "from_step": loop.step,
-                "data_fingerprint": data,
-                "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.state.params)),
-            }
-            write_record(folder, experiment, assembly.mesh, facts)
-            return loop.run(state)
+            processes.first(lambda: _record(loop, force_config))
+            finished = loop.run(state)
+        except BaseException:
+            # Of many processes the others do not know of it and would not close with this one.
+            if jax.process_count() == 1:
+                checkpoints.close()
+            raise
         finally:
-            checkpoints.close()
             batches.close()
+        checkpoints.close()
+        return finished
+
+
+def _record(loop: TrainLoop, force_config: bool) -> None:
+    """Writes this start down, unless the text is not what the run has read so far."""
+    data = fingerprint(loop.config.data)
+    if loop.step:
+        check_data(loop.workdir, data, force_config=force_config)
+    facts = {
+        "from_step": loop.step,
+        "data_fingerprint": data,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(loop.assembly.state.params)),
+    }
+    write_record(loop.workdir, loop.config, loop.assembly.mesh, facts)

@@ -6,9 +6,13 @@ figures of speed and of time only.
 
 import math
 import pathlib
+import sys
 from collections.abc import Mapping
 
+import jax
+
 from lm.experiment import Experiment
+from lm.parallel import processes
 from lm.training.assembly import Assembly
 from lm.training.health import Counters
 from lm.training.logging import MetricsWriter, Progress
@@ -29,14 +33,19 @@ class Recorder:
     def __init__(self, assembly: Assembly, workdir: pathlib.Path, step: int, timeline: Timeline) -> None:
         self._config: Experiment = assembly.experiment
         self._workdir, self._timeline = workdir, timeline
-        self._writer = MetricsWriter(workdir, self._config.logging, step)
-        self._progress = Progress(self._config.logging, step, self._config.num_steps)
+        # Of many processes only the first writes and speaks.
+        self._is_first = processes.is_first()
+        self._writer = self._open(step)
+        self._progress = Progress(self._config.logging if self._is_first else None, step, self._config.num_steps)
         self.meter = Meter(self._config, assembly)
+
+    def _open(self, step: int) -> MetricsWriter:
+        return MetricsWriter(self._workdir if self._is_first else None, self._config.logging, step)
 
     def go_back(self, step: int) -> None:
         """Takes back the lines of steps after one that the run went back to."""
         self._writer.close()
-        self._writer = MetricsWriter(self._workdir, self._config.logging, step)
+        self._writer = self._open(step)
         self.meter.restart()
 
     def stepped(
@@ -88,6 +97,13 @@ class Recorder:
     def say(self, text: str) -> None:
         """Prints a line."""
         self._progress.say(text)
+
+    def warn(self, text: str) -> None:
+        """Prints what is of this process and not of the run, whichever process it is."""
+        if self._is_first:
+            self.say(text)
+        else:
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr, flush=True)
 
     def say_goodbye(self, step: int, counters: Counters, data: Mapping[str, float], *, finished: bool) -> None:
         """Prints how the start ended."""

@@ -18,7 +18,7 @@ from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.document import Vocabulary
 from lm.experiment import Experiment
 from lm.training.logging import read_metrics
-from lm.training.order import Detours, chain
+from lm.training.order import Detours, chain, digest_of_rows
 from lm.training.workdir import WorkdirError, read_config, read_starts
 
 
@@ -110,9 +110,10 @@ def _read(workdir: pathlib.Path, batches: Batches, step: int) -> Replayed:
                 raise ConfigError(f"--step={step}: the data end after {at - 1} steps (data.num_epochs)")
             if batches.get_state()["batches"] >= number:
                 break
-        order = chain(order, batches.digest())
+        digest = digest_of_rows(batches.digests())
+        order = chain(order, digest)
         if at == step:
-            found = Replayed(step, number, batch, batches.document_ids(), batches.digest(), None, first)
+            found = Replayed(step, number, batch, batches.document_ids(), digest, None, first)
         if logged.get(at, order) != order:
             raise WorkdirError(
                 f"{workdir}: rebuilt from step {first} on, the data up to step {at} have the hash {order}, and the run "

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pydoc_data.topics
+import socket
 import subprocess
 import sys
 import time
@@ -61,6 +62,38 @@ def start(program: str, *flags: str, **environment: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_many(program: str, number: int, devices: int, *flags: str) -> list[subprocess.Popen]:
+    """Starts a program as `number` processes of `devices` virtual devices each."""
+    port = free_port()
+    return [
+        start(
+            program,
+            *flags,
+            f"--coordinator=127.0.0.1:{port}",
+            f"--num_processes={number}",
+            f"--process_id={index}",
+            JAX_NUM_CPU_DEVICES=str(devices),
+        )
+        for index in range(number)
+    ]
+
+
+def run_many(program: str, number: int, devices: int, *flags: str, timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Runs a program as many processes to its end; none outlives the time limit."""
+    started = start_many(program, number, devices, *flags)
+    try:
+        return [finish(process, timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:

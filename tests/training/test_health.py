@@ -71,6 +71,8 @@ def test_a_killed_run_decides_alike(health, poison, kill, tmp_path, corpus, monk
     assert [line["step"] for line in history] == list(range(1, 9))
     assert _history(broken) == history
     jax.tree.map(np.testing.assert_array_equal, _params(broken), _params(whole))
+    # What was decided is done again, not decided again.
+    assert len(list(read_events(broken, "roll_back"))) == len(list(read_events(whole, "roll_back")))
     bad = {*poison.get("not_finite", ()), *poison.get("spikes", ())}
     events = [event for event in read_events(whole) if event["kind"] in ("spike", "not_finite")]
     assert {event["batch"] for event in events} == bad
