@@ -6,6 +6,7 @@ Prints loss and perplexity of the run's own objective, and bits per byte by the 
 
 import dataclasses
 import json
+import pathlib
 
 from absl import flags
 
@@ -17,6 +18,7 @@ _STEP = flags.DEFINE_integer("step", None, "Which checkpoint (default: the newes
 _DATA = flags.DEFINE_string("data", None, "Score these files, all of them, instead of the run's held-out split.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows per batch; does not change the answer.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object and nothing else.")
+program.define_start()
 
 
 def main(_: list[str]) -> int:
@@ -25,17 +27,22 @@ def main(_: list[str]) -> int:
         raise ConfigError("give --workdir=FOLDER of a trained run")
     from lm.evaluation.heldout import make_evaluate
     from lm.evaluation.yardstick import choose_yardstick
+    from lm.parallel import processes
     from lm.training.assembly import load_run
 
-    run = load_run(_WORKDIR.value, _STEP.value)
-    data = None
-    if _DATA.value is not None:
-        data = dataclasses.replace(run.experiment.data, source=_DATA.value, validation_fraction=1.0)
-    figures = make_evaluate(run.assembly, data, _BATCH_SIZE.value)(run.params, True)
+    start = processes.Start(**program.start())
+    with processes.joined(start, pathlib.Path(_WORKDIR.value) / "processes" / "evaluate"):
+        run = load_run(_WORKDIR.value, _STEP.value)
+        data = None
+        if _DATA.value is not None:
+            data = dataclasses.replace(run.experiment.data, source=_DATA.value, validation_fraction=1.0)
+        figures = make_evaluate(run.assembly, data, _BATCH_SIZE.value)(run.params, True)
     if not figures:
         raise ConfigError(
             f"{_WORKDIR.value} held nothing out (data.validation_fraction is 0); name text with --data=FILES"
         )
+    if not processes.is_first():
+        return 0
     if _JSON.value:
         print(json.dumps({"step": run.step, **figures}))
         return 0

@@ -13,7 +13,7 @@ from lm.data import DataConfig
 from lm.document import Layout
 from lm.models import Decoder, Electra, Encoder, EncoderDecoder
 from lm.objectives import ALBERT, BART, BERT, AnyObjective, Causal, MaskedLM, SpanCorruption
-from lm.optim import OptimizerConfig
+from lm.optim import OptimizerConfig, RollBack, Skip
 from lm.parallel import MeshConfig, Sharding
 
 
@@ -105,6 +105,33 @@ class LoggingConfig:
         return _below_one("logging.", self, ("every",))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What is done about bad numbers, slow steps and wrong hardware.
+
+    A step whose loss or gradient is not finite never changes the parameters, whatever is set here.
+
+    Attributes:
+      spikes: what to do about a loss or gradient that is finite and far out of bounds; none does nothing.
+      max_skipped_in_a_row: updates left out one after another before the run stops with a report; none never stops.
+      recompute_every: computes every such step twice and stops if the results differ in one bit; none never does. Takes
+        memory for two more train states.
+      slow_factor: a step that takes so many times the median is reported with where the program stands.
+    """
+
+    spikes: Skip | RollBack | None = None
+    max_skipped_in_a_row: int | None = 100
+    recompute_every: int | None = None
+    slow_factor: float = 10.0
+
+    def problems(self) -> list[str]:
+        """Returns one sentence for each setting that cannot work."""
+        found = _below_one("health.", self, ("max_skipped_in_a_row", "recompute_every"))
+        if self.slow_factor <= 1:
+            found.append(f"health.slow_factor is above 1, got {self.slow_factor}")
+        return found + ([] if self.spikes is None else self.spikes.problems())
+
+
 def _below_one(section: str, config: object, names: tuple[str, ...]) -> list[str]:
     values = {name: getattr(config, name) for name in names}
     return [
@@ -145,6 +172,7 @@ class Experiment:
       evaluation: held-out evaluation inside the loop.
       checkpoint: when to save and what to keep.
       logging: what to write down.
+      health: what to do about bad numbers, slow steps and wrong hardware.
       compilation_cache: directory of jax's persistent compilation cache; none turns it off.
     """
 
@@ -163,12 +191,14 @@ class Experiment:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    health: HealthConfig = HealthConfig()
     compilation_cache: str | None = "~/.cache/lm"
 
     def problems(self) -> list[str]:
         """Returns every reason, one sentence each, why this run cannot work; empty if it can."""
         found = _below_one("", self, ("num_steps", "batch_size", "num_microbatches"))
-        for section in (self.model, self.data, self.loss, self.evaluation, self.checkpoint, self.logging):
+        sections = (self.model, self.data, self.loss, self.evaluation, self.checkpoint, self.logging, self.health)
+        for section in sections:
             found += section.problems()
         found += self.optimizer.problems(self.num_steps)
         if self.num_microbatches > 0 and self.batch_size % self.num_microbatches:

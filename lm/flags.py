@@ -5,6 +5,7 @@ Knows no particular config or program, imports no jax.
 """
 
 import contextlib
+import errno
 import itertools
 import pathlib
 import re
@@ -16,6 +17,9 @@ from absl import app, flags, logging
 
 from lm import config as configs
 from lm.config import ConfigError, UserError
+
+# What a disk says that is full, read-only, or failing.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 _OVERRIDES: dict[str, str] = {}
 
@@ -53,6 +57,12 @@ def _exit_status_2() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"{pathlib.Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"{pathlib.Path(sys.argv[0]).stem}: the disk cannot be used: {error.strerror}{where}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -112,6 +122,21 @@ def _help(argv: Sequence[str], module: str, schema: Callable[[], type] | None) -
                 lines.append(f"  {name}  [{configs.describe(hint)}] {texts.get(name, '')}")
             lines.append("Give --config=FILE as well to see every field with its value.")
     return "\n".join(lines)
+
+
+def define_start() -> None:
+    """Defines the flags by which the processes of a run find each other; see `start`."""
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0. Not needed on TPU pods, under Slurm and Open MPI: jax finds them."
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes; 1 stays alone even where jax finds more.")
+    flags.DEFINE_integer("process_id", None, "This process's number, from 0.")
+    flags.DEFINE_integer("join_timeout", 300, "Seconds to wait until all processes have joined.")
+
+
+def start() -> dict[str, Any]:
+    """Returns the values of the flags of `define_start`, the arguments of `lm.parallel.processes.Start`."""
+    return {name: flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id", "join_timeout")}
 
 
 def resolve(path: str | None, overrides: dict[str, str], schema: type) -> Any:

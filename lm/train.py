@@ -2,8 +2,13 @@
 
 Stopped at any moment (also by kill -9), the same command goes on from the newest checkpoint with the
 same losses, bit for bit. Any field of the config is overridden by --config.PATH=VALUE; add --help to
-see them all. Exit status: 0 finished, 75 asked to stop and saved, 2 something to mend.
+see them all. Several processes are one run: the same command in each, with --coordinator, --num_processes and
+--process_id where jax cannot find them itself.
+Exit status: 0 finished, 75 asked to stop and saved, 2 something to mend, 70 stopped by itself with a report on bad
+numbers or wrong hardware (do not start it again as it is).
 """
+
+import sys
 
 from absl import flags
 
@@ -12,6 +17,7 @@ from lm.config import ConfigError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, tokenizer.")
 _FORCE = flags.DEFINE_bool("force_config", False, "Go on in a folder that holds another config.")
+program.define_start()
 
 
 def _schema() -> type:
@@ -29,9 +35,19 @@ def main(_: list[str]) -> int:
     # Only now the parts that start the devices.
     from lm.evaluation.heldout import make_evaluate
     from lm.interop import import_params
+    from lm.parallel import processes
+    from lm.training.health import EXIT_SICK, SickRunError
     from lm.training.loop import EXIT_PREEMPTED, train
+    from lm.training.workdir import open_workdir
 
-    finished = train(experiment, _WORKDIR.value, make_evaluate, force_config=_FORCE.value, import_params=import_params)
+    start, folder, force = processes.Start(**program.start()), open_workdir(_WORKDIR.value), _FORCE.value
+    with processes.joined(start, folder / "processes" / "train"):
+        try:
+            finished = train(experiment, str(folder), make_evaluate, force_config=force, import_params=import_params)
+        except SickRunError as error:
+            # All processes come to it at the same step.
+            print(f"train: {error}", file=sys.stderr)
+            return EXIT_SICK
     return 0 if finished else EXIT_PREEMPTED
 
 

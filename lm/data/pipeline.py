@@ -39,7 +39,7 @@ def make_item(plan: Plan, reader: Lanes | SinglePass) -> Item:
         "examples": sum(len(row.examples) for row in filled),
         "seconds": time.perf_counter() - start,
     }
-    ids = [name for row in filled for name in row.ids]
+    ids = [[] if row is None else row.ids for row in rows]
     return {"batch": batch, "ids": ids, "state": reader.get_state(), "figures": figures, "epochs": reader.epochs()}
 
 
@@ -64,7 +64,7 @@ class Batches(Iterator[Batch]):
         self._iterators: list[Iterator[Item]] = []
         # Threads and processes end with this object, and before the interpreter does.
         self._finalizer = weakref.finalize(self, _close_all, self._iterators)
-        self._ids: list[str] = []
+        self._ids: list[list[str]] = []
         self._batch: Batch | None = None
         self._totals = {"tokens": 0, "positions": 0, "examples": 0, "seconds": 0.0}
         self._closed = False
@@ -96,7 +96,7 @@ class Batches(Iterator[Batch]):
             self.close()
             raise
         self._state = items[0]["state"] if len(items) == 1 else _join([item["state"] for item in items])
-        self._ids = [name for item in items for name in item["ids"]]
+        self._ids = [names for item in items for names in item["ids"]]
         self._epochs = np.mean([item["epochs"] for item in items], axis=0).tolist()
         for name in self._totals:
             self._totals[name] += sum(item["figures"][name] for item in items)
@@ -123,15 +123,26 @@ class Batches(Iterator[Batch]):
 
     def document_ids(self) -> list[str]:
         """Returns the ids of the documents in the batch last returned, row by row, one for each example."""
-        return self._ids
+        return [name for names in self._ids for name in names]
 
-    def digest(self) -> str:
-        """Returns a hash of the batch last returned and of its documents' ids: what a run logs of its order."""
-        digest = hashlib.blake2b("\0".join(self._ids).encode(), digest_size=8)
-        for array in self._batch or ():
-            if array is not None:
-                digest.update(np.asarray(array).tobytes())
-        return digest.hexdigest()
+    @property
+    def first_row(self) -> int:
+        """The number of this process's first row in the global batch."""
+        return self._first
+
+    def digests(self) -> np.ndarray:
+        """Returns u8[rows, 8], a hash of each row of the batch last returned and of its documents' ids.
+
+        Those of all processes, in the order of the rows, are the same for any number of processes.
+        """
+        found = []
+        for number, names in enumerate(self._ids):
+            digest = hashlib.blake2b("\0".join(names).encode(), digest_size=8)
+            for array in self._batch or ():
+                if array is not None:
+                    digest.update(np.ascontiguousarray(array[number]).data)
+            found.append(digest.digest())
+        return np.frombuffer(b"".join(found), np.uint8).reshape(len(found), 8)
 
     def statistics(self) -> dict[str, float]:
         """Returns figures over the batches returned since this object was made, of this process's rows.

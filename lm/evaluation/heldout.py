@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.data import Batches, DataConfig, validation_batches
 from lm.document import Objective
@@ -87,7 +88,9 @@ def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size
     # Opened once before training, so that what is wrong with the split is said at the start.
     _open(assembly, data, config.objective, rows).close()
     yardstick = choose_yardstick(config.objective, config.model.layout).objective
-    step = jax.jit(make_evaluation_step(config.loss, assembly.model, assembly.tokenizer.token_bytes))
+    step = make_evaluation_step(config.loss, assembly.model, assembly.tokenizer.token_bytes)
+    # Whole in every process, which all add up the same sums.
+    step = jax.jit(step, out_shardings=NamedSharding(assembly.mesh, PartitionSpec()))
 
     def score(objective: Objective, params: Tree, whole: bool) -> dict[str, float]:
         total = HeldOut(np.zeros(assembly.tokenizer.size, np.int64))
@@ -114,8 +117,7 @@ def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size
 
 def _open(assembly: Assembly, data: DataConfig | None, objective: Objective, rows: int) -> Batches:
     config = assembly.experiment
-    place = (jax.process_index(), jax.process_count())
-    return validation_batches(data or config.data, objective, assembly.tokenizer, rows, *place)
+    return validation_batches(data or config.data, objective, assembly.tokenizer, rows, *assembly.row_block())
 
 
 def _add(total: HeldOut, result: Any) -> None:

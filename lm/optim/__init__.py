@@ -17,4 +17,7 @@ from lm.optim.schedules import Cosine as Cosine
 from lm.optim.schedules import InverseSquareRoot as InverseSquareRoot
 from lm.optim.schedules import Linear as Linear
 from lm.optim.schedules import WarmupStableDecay as WarmupStableDecay
+from lm.optim.spikes import Bounds as Bounds
+from lm.optim.spikes import RollBack as RollBack
+from lm.optim.spikes import Skip as Skip
 from lm.optim.state_axes import state_axes as state_axes

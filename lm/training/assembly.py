@@ -8,11 +8,12 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
@@ -23,12 +24,16 @@ from lm.config import ConfigError
 from lm.data import Bytes, load_tokenizer
 from lm.experiment import Experiment, too_few_ids
 from lm.optim import build_optimizer
-from lm.training.checkpoints import restore_params
+from lm.parallel import processes
+from lm.training.checkpoints import CheckpointError, restore_params
 from lm.training.division import check_attention, check_replicated, check_shards
 from lm.training.division import check_batch_size as check_batch_size
 from lm.training.division import row_shards as row_shards
-from lm.training.state import TrainState, Tree, init_state, state_shardings
+from lm.training.state import TrainState, Tree, init_state, place, state_shardings
 from lm.training.workdir import read_config
+
+# (folder, model's config) -> parameters on the host; None if the folder is in no other project's format.
+ImportParams = Callable[[str, Any], Tree | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +66,27 @@ class Assembly:
 
     def place(self, batch: Batch) -> Batch:
         """Moves this process's rows to its devices; the result is the global batch."""
+        num_blocks = self.row_block()[1]
 
         def to_devices(x: Any) -> jax.Array:
             axes = ("batch", "length")[: x.ndim]
             sharding = NamedSharding(self.mesh, parallel.spec(axes, self.rules.activations))
-            return jax.make_array_from_process_local_data(sharding, x)
+            return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * num_blocks, *x.shape[1:]))
 
         return jax.tree.map(to_devices, batch)
+
+    def row_block(self) -> tuple[int, int]:
+        """Returns which block of each batch's rows this process reads, and of how many; see `processes.row_block`."""
+        return processes.row_block(self.mesh, self.rules)
 
     def init(self) -> TrainState:
         """Makes the first state of the run, each array on its devices from the start."""
         with self.placed():
             make = jax.jit(
-                lambda seed: init_state(self.model, self.optimizer, seed, self.experiment.optimizer.average),
+                lambda seed: _first_state(self.experiment, self.model, self.optimizer, seed),
                 out_shardings=jax.tree.map(lambda s: s.sharding, self.state),
             )
-            return make(jnp.asarray(self.experiment.seed, jnp.int32))
+            return make(np.asarray(self.experiment.seed, np.int32))
 
 
 def use_compilation_cache(directory: str | None) -> None:
@@ -120,6 +130,28 @@ def check_tokenizer(workdir: pathlib.Path, tokenizer: Any) -> None:
         )
 
 
+def _first_state(experiment: Experiment, model: Any, optimizer: Any, seed: jax.Array) -> TrainState:
+    return init_state(model, optimizer, seed, experiment.optimizer.average, experiment.health.spikes)
+
+
+def first_params(assembly: Assembly, folder: str, import_params: ImportParams | None) -> Tree:
+    """Returns the parameters of another run or, if they can be imported, of another project, on the devices.
+
+    Raises:
+      ConfigError: they are of another tokenizer or another model. CheckpointError: they cannot be read.
+    """
+    experiment, like = assembly.experiment, assembly.state.params
+    params = None if import_params is None else import_params(folder, experiment.model)
+    if params is not None:
+        return place(params, like)
+    check_tokenizer(pathlib.Path(folder), assembly.tokenizer)
+    try:
+        return restore_params(pathlib.Path(folder), like)[1]
+    except CheckpointError as error:
+        theirs, ours = (type(c.model).__name__ for c in (read_config(pathlib.Path(folder)), experiment))
+        raise ConfigError(f"config.init_from: {folder} is a run of {theirs}, this is one of {ours}; {error}") from error
+
+
 def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     """Builds the parts of a run; allocates nothing on the devices.
 
@@ -137,9 +169,7 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     with parallel.shapes_only():
         params = jax.eval_shape(model.init, jax.random.key(0))
         optimizer = build_optimizer(experiment.optimizer, experiment.num_steps, params, model.axes())
-        shapes = jax.eval_shape(
-            lambda seed: init_state(model, optimizer, seed, experiment.optimizer.average), jnp.zeros((), jnp.int32)
-        )
+        shapes = jax.eval_shape(lambda seed: _first_state(experiment, model, optimizer, seed), jnp.zeros((), jnp.int32))
     check_shards(shapes.params, model.axes(), mesh, rules)
     check_replicated(shapes.params, model.axes(), mesh, experiment.sharding)
     shardings = state_shardings(model, shapes, mesh, rules)

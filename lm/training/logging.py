@@ -11,7 +11,9 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TextIO
+from typing import Any, BinaryIO
+
+from absl import logging
 
 # Generated classes, which type checkers cannot see.
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] generated
@@ -45,16 +47,22 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 class MetricsWriter:
     """Appends figures to metrics.jsonl and to a TensorBoard event file."""
 
-    def __init__(self, workdir: pathlib.Path, config: LoggingConfig, first_step: int) -> None:
+    def __init__(self, workdir: pathlib.Path | None, config: LoggingConfig, first_step: int) -> None:
         """Opens both files.
 
         Args:
-          workdir: of the run.
+          workdir: of the run; None writes nothing, as all processes but the first do.
           config: whether to write event files.
           first_step: number of updates done; later lines of an interrupted run are taken back.
         """
+        self._file: BinaryIO | None = None
+        # Lines that a full disk did not take yet.
+        self._waiting = b""
+        self._events = None
+        if workdir is None:
+            return
         self._path = workdir / "metrics.jsonl"
-        self._file: TextIO = self._reopen(lambda line: line["step"] <= first_step)
+        self._file = self._reopen(lambda line: line["step"] <= first_step)
         self._events = EventFileWriter(str(workdir / "tensorboard")) if config.tensorboard else None
         if self._events is not None and first_step:
             # Tells TensorBoard to forget what an interrupted run logged after this step.
@@ -62,14 +70,16 @@ class MetricsWriter:
                 Event(step=first_step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
             )
 
-    def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> TextIO:
+    def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> BinaryIO:
         if self._path.exists():
             kept = [line for line in read_metrics(self._path) if is_kept(line)]
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in kept))
-        return self._path.open("a", encoding="utf-8")
+        return self._path.open("ab", buffering=0)
 
     def take_back(self, step: int, split: str) -> None:
         """Takes back the line of a step that is measured again."""
+        if self._file is None:
+            return
         self._file.close()
         self._file = self._reopen(lambda line: (line["step"], line["split"]) != (step, split))
 
@@ -82,16 +92,30 @@ class MetricsWriter:
           values: figures by name.
           **notes: words for metrics.jsonl only.
         """
+        if self._file is None:
+            return
+        if not self._path.exists():
+            # Deleted underneath: what is written now at least is kept.
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)
         shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **notes, **shown}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "split": split, **notes, **shown}) + "\n"
+        known, self._waiting = bool(self._waiting), self._waiting + line.encode()
+        try:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not known:
+                logging.error(
+                    "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
+                )
         if self._events is not None:
             scalars = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
             self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
 
     def close(self) -> None:
         """Flushes and closes both files."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -109,9 +133,10 @@ def _duration(seconds: float) -> str:
 class Progress:
     """The terminal's view of a run: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, config: LoggingConfig, first_step: int, num_steps: int) -> None:
-        """Starts at `first_step` of `num_steps`."""
-        wanted = config.progress
+    def __init__(self, config: LoggingConfig | None, first_step: int, num_steps: int) -> None:
+        """Starts at `first_step` of `num_steps`; without a config it is silent, as all processes but the first are."""
+        self._silent = config is None
+        wanted = "none" if config is None else config.progress
         if wanted == "auto":
             wanted = "bar" if sys.stderr.isatty() else "lines"
         self._lines = wanted == "lines"
@@ -139,6 +164,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line without disturbing the bar."""
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:

@@ -6,55 +6,51 @@ step k runs, so the devices never wait for the host.
 """
 
 import dataclasses
-import hashlib
+import json
 import math
 import os
 import pathlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 
-from lm.batch import WeightedSum
+from lm.batch import Batch
 from lm.config import ConfigError, UserError
-from lm.data import Batches, fingerprint, load_tokenizer, train_batches
+from lm.data import Batches, fingerprint, load_tokenizer, merge_states, train_batches
 from lm.experiment import Experiment
-from lm.training.assembly import Assembly, assemble, check_batch_size, check_tokenizer, use_compilation_cache
-from lm.training.checkpoints import CheckpointError, Checkpoints, restore_params
-from lm.training.logging import MetricsWriter, Progress
-from lm.training.meter import Meter
-from lm.training.state import TrainState, Tree, place
-from lm.training.step import TrainMetrics, make_train_step
-from lm.training.workdir import check_data, locked, open_workdir, read_config, save_config, write_record
+from lm.optim import RollBack
+from lm.parallel import processes
+from lm.training.advance import Advance, UnequalError
+from lm.training.agreement import Agreement
+from lm.training.assembly import (
+    Assembly,
+    ImportParams,
+    assemble,
+    check_batch_size,
+    first_params,
+    use_compilation_cache,
+)
+from lm.training.checkpoints import Checkpoints, Restored
+from lm.training.diagnosis import find_first_bad
+from lm.training.events import Events
+from lm.training.health import Counters, Finished, Health, SickRunError, Verdict
+from lm.training.order import Detours, PassedOver, chain
+from lm.training.recorder import Recorder
+from lm.training.state import TrainState, Tree
+from lm.training.step import means
+from lm.training.timeline import Timeline, age, read_seconds
+from lm.training.watchdog import Watchdog
+from lm.training.workdir import check_data, locked, open_workdir, read_starts, save_config, write_record
 
 # sysexits.h EX_TEMPFAIL: saved, not finished, to be started again.
 EXIT_PREEMPTED = 75
 
 # (parameters, whether the whole split is wanted) -> held-out figures, "nll" among them.
 Evaluate = Callable[[Tree, bool], dict[str, float]]
-
-# (folder, model's config) -> parameters on the host; None if the folder is in no other project's format.
-ImportParams = Callable[[str, Any], Tree | None]
-
-
-@dataclasses.dataclass
-class Counters:
-    """What a run has read, saved with it.
-
-    Attributes:
-      seen_tokens: tokens read so far, padding left out.
-      skipped_steps: updates left out because they were not finite.
-      data_order: hash of every batch read so far, in order.
-    """
-
-    seen_tokens: int = 0
-    skipped_steps: int = 0
-    data_order: str = ""
 
 
 @contextmanager
@@ -78,10 +74,6 @@ def _stop_requested() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-# (step, its metrics still on the devices, hash of the data read up to it)
-Finished = tuple[int, TrainMetrics, str]
-
-
 class TrainLoop:
     """One start of a run, from the state that was restored to its end or to a request to stop."""
 
@@ -93,6 +85,7 @@ class TrainLoop:
         checkpoints: Checkpoints,
         evaluate: Evaluate,
         import_params: ImportParams | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         """Takes the parts; restores nothing and runs nothing yet."""
         self.assembly = assembly
@@ -104,7 +97,17 @@ class TrainLoop:
         self.workdir = workdir
         self.counters = Counters()
         self.step = 0
+        self._timeline = Timeline(self.config.health.slow_factor) if timeline is None else timeline
+        self._events = Events(workdir, jax.process_index())
+        self._health = Health(self.config.health, self._events, workdir)
+        self._detours = Detours(workdir)
+        # A step that asks for more than going on, and what it asks for.
+        self._verdict: tuple[Verdict, Finished] | None = None
+        self._is_compiled = False
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
+        self._agreement = Agreement(assembly)
+        # Whether all processes know by now that one was asked to stop.
+        self._stop_agreed = False
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
         devices = assembly.mesh.devices
         self._one_at_a_time = devices.size > 1 and devices.flat[0].platform == "cpu"
@@ -112,101 +115,154 @@ class TrainLoop:
     def restore(self) -> TrainState:
         """Returns the newest sound state, or the first one; sets the data and the counters to match."""
         found = self.checkpoints.restore(self.assembly.state)
-        if found is None:
-            state = self.assembly.init()
-            if self.config.init_from is not None:
-                params = self._first_params(self.config.init_from)
-                average = self.config.optimizer.average
-                state = state._replace(params=params, average=None if average is None else average.init(params))
-            return state
-        self.step = found.step
-        self.batches.set_state(found.data["batches"])
-        self.counters = Counters(**found.data["counters"])
-        return found.state
+        starts = read_starts(self.workdir)
+        if found is not None:
+            self.batches.set_state(found.data["batches"])
+        seconds = read_seconds(self.workdir, 0 if found is None else found.step)
+        self._timeline.resume(seconds, age(starts) if starts else 0.0)
+        state = self._go_on_from(found)
+        self._detours.forget_after(self.step)
+        # Killed after a roll back and before the next checkpoint: what was passed over is passed over again.
+        while self.batches.get_state()["batches"] < self._detours.batch_number(self.step + 1) - 1:
+            next(self.batches)
+        return state
 
-    def _first_params(self, folder: str) -> Tree:
-        """Returns the parameters of another run or, if they can be imported, of another project, on the devices."""
-        like = self.assembly.state.params
-        params = None if self.import_params is None else self.import_params(folder, self.config.model)
-        if params is not None:
-            return place(params, like)
-        check_tokenizer(pathlib.Path(folder), self.assembly.tokenizer)
-        try:
-            return restore_params(pathlib.Path(folder), like)[1]
-        except CheckpointError as error:
-            theirs, ours = (type(c.model).__name__ for c in (read_config(pathlib.Path(folder)), self.config))
-            kinds = f"{folder} is a run of {theirs}, this is one of {ours}"
-            raise ConfigError(f"config.init_from: {kinds}; {error}") from error
+    def _go_on_from(self, found: Restored | None) -> TrainState:
+        """Returns the state of a checkpoint, or the first one; sets step and counters to match."""
+        self.step = 0 if found is None else found.step
+        self.counters = Counters() if found is None else Counters(**found.data["counters"])
+        if found is not None:
+            return found.state
+        state = self.assembly.init()
+        if self.config.init_from is not None:
+            params = first_params(self.assembly, self.config.init_from, self.import_params)
+            average = self.config.optimizer.average
+            state = state._replace(params=params, average=None if average is None else average.init(params))
+        return state
 
     def run(self, state: TrainState) -> bool:
         """Trains to the last step; returns False if it was asked to stop before."""
-        self._writer = MetricsWriter(self.workdir, self.config.logging, self.step)
-        self._progress = Progress(self.config.logging, self.step, self.config.num_steps)
-        self._meter = Meter(self.config, self.assembly)
+        self._recorder = Recorder(self.assembly, self.workdir, self.step, self._timeline)
+        watchdog = Watchdog(self._timeline, self._events, lambda: self.step, self._recorder.warn)
         box = [state]
         try:
-            with _stop_requested() as stop, self.assembly.placed():
+            with (
+                _stop_requested() as stop,
+                self.assembly.placed(),
+                self._timeline.listening(),
+                watchdog.watching(),
+            ):
                 finished = self._run_steps(box, stop)
                 if finished:
                     self._evaluate(box[0], whole=True)
                 self._save(box[0])
                 self.checkpoints.wait()
-            self._say_goodbye(finished)
+            self._recorder.say_goodbye(self.step, self.counters, self.batches.statistics(), finished=finished)
             return finished
         except UserError:
-            # Something outside the state is wrong (data, disk): what was computed is kept.
-            self._save(box[0])
-            self.checkpoints.wait()
+            # Something outside the state is wrong (data, disk): what was computed is kept. Of many processes the
+            # others do not know of it and would not save with this one.
+            if box and jax.process_count() == 1:
+                self._save(box[0])
+                self.checkpoints.wait()
             raise
         finally:
-            self._progress.close()
-            self._writer.close()
-
-    def _say_goodbye(self, finished: bool) -> None:
-        if not finished:
-            self._progress.say(f"stopped after step {self.step}; saved. The same command goes on from here.")
-            return
-        data, speed = self.batches.statistics(), ""
-        if math.isfinite(self._meter.overall):  # no step was timed where the run was finished before
-            speed = (
-                f"; train step {self._meter.overall:,.0f} tokens/s, data pipeline {data['tokens_per_second']:,.0f} "
-                f"tokens/s when not waited for, {data['padding_fraction']:.1%} padding"
-            )
-        done = f"finished: {self.step} steps, {self.counters.seen_tokens:,} tokens{speed}"
-        self._progress.say(f"{done}. Everything is in {self.workdir}")
+            self._recorder.close()
 
     def _run_steps(self, box: list[TrainState], stop: threading.Event) -> bool:
         """Runs steps, leaving the newest state in `box`; returns whether the run is done."""
-        model, tokenizer = self.assembly.model, self.assembly.tokenizer
-        step = make_train_step(self.config, model, self.assembly.optimizer, tokenizer.token_bytes)
-        step = jax.jit(step, donate_argnums=0)
+        advance = Advance(self.assembly)
+        while True:
+            done = self._run_good_steps(advance, box, stop)
+            if self._verdict is None:
+                return done
+            (verdict, finished), self._verdict = self._verdict, None
+            if verdict is Verdict.STOP:
+                raise self._too_many_skipped(box[0], finished)
+            self._roll_back(box, finished)
+
+    def _run_good_steps(self, advance: Advance, box: list[TrainState], stop: threading.Event) -> bool:
+        """Runs steps until the run is done, is to stop, or a step asks for more than going on."""
         pending: Finished | None = None
-        while self.step < self.config.num_steps and not stop.is_set():
-            started = time.perf_counter()
+        while self.step < self.config.num_steps and not self._stops(stop):
             try:
-                batch = next(self.batches, None)
+                with self._timeline.phase("data"):
+                    batch = next(self.batches, None)
             except UserError:
                 # The state that will be saved holds this step, so its figures must be down too.
                 self._note(pending)
                 raise
             if batch is None:  # data.num_epochs are over
                 break
-            self._meter.waited(time.perf_counter() - started)
-            box[0], metrics = step(box[0], self.assembly.place(batch))
-            if self._one_at_a_time:
-                jax.block_until_ready(metrics)
-            self.step += 1
-            self.counters.data_order = _chain(self.counters.data_order, self.batches.digest())
+            self._recorder.meter.waited(self._timeline.last)
+            last, pending = pending, self._advance(advance, box, batch, stop.is_set())
             # Written down one step late: while this step runs, the last one's figures are read.
-            self._note(pending)
-            pending = (self.step, metrics, self.counters.data_order)
-            if self._due():
+            self._note(last)
+            if self._verdict is None and (self._due() or self._health.is_on_edge(self.counters)):
                 self._note(pending)
                 pending = None
+            if self._verdict is not None:
+                return False
+            if self._due():
                 self._evaluate_and_save(box[0])
-                self._meter.restart()
-        self._note(pending, last=not stop.is_set())
-        return not stop.is_set() or self.step >= self.config.num_steps
+                self._recorder.meter.restart()
+        self._note(pending, last=not self._stops(stop))
+        return not self._stops(stop) or self.step >= self.config.num_steps
+
+    def _stops(self, stop: threading.Event) -> bool:
+        """Returns whether to stop now; of many processes all do at the same step, one after they heard of it."""
+        return self._stop_agreed if jax.process_count() > 1 else stop.is_set()
+
+    def _advance(self, advance: Advance, box: list[TrainState], batch: Batch, stop: bool) -> Finished:
+        """Dispatches one step; the first of a process also compiles it."""
+        placed, state, number = self.assembly.place(batch), self.batches.get_state(), self.step + 1
+        word = self._agreement.say(self.batches, stop)
+        finished = Finished(number, {}, word, state["batches"], batch, self.batches.document_ids(), state)
+        with self._timeline.phase("step" if self._is_compiled else "compile"):
+            try:
+                box[0], metrics = advance(box[0], placed, number)
+            except UnequalError as error:
+                raise self._health.stop(
+                    finished, "the hardware computed one step twice, unequally", str(error)
+                ) from error
+            if self._one_at_a_time:
+                jax.block_until_ready(metrics)
+        self._is_compiled = True
+        self.step = number
+        return finished._replace(metrics=metrics)
+
+    def _too_many_skipped(self, state: TrainState, finished: Finished) -> SickRunError:
+        """Looks into a step that changed nothing, and returns the report."""
+        key = jax.random.fold_in(state.key, finished.step - 1)
+        finding = find_first_bad(self.assembly, state.params, self.assembly.place(finished.batch), key)
+        count = self.counters.skipped_in_a_row
+        return self._health.stop(finished, f"{count} updates in a row were not finite or out of bounds", finding)
+
+    def _roll_back(self, box: list[TrainState], finished: Finished) -> None:
+        """Goes back to the checkpoint before a spike, and on with the batch after it."""
+        spikes = self.config.health.spikes
+        assert isinstance(spikes, RollBack)
+        # Room for the state that is restored.
+        box.clear()
+        found = self.checkpoints.restore_before(self.assembly.state, finished.step)
+        to = 0 if found is None else found.step
+        left_out = finished.number - self._detours.batch_number(to + 1) + 1
+        self._detours.forget_after(to)
+        times = sum(one.after == to for one in self._detours.found)
+        if times == spikes.max_times:
+            why = f"{times} roll backs to step {to} did not get past the spike that followed"
+            raise self._health.stop(finished, why, "the loss or the gradient is finite and out of bounds")
+        # Killed before the roll back is written down, the run comes here again; killed after, it goes on from it.
+        self.checkpoints.forget_after(to)
+        detour = PassedOver(after=to, batches=left_out, spike=finished.step)
+        self._detours.add(detour, write=jax.process_index() == 0)
+        self._timeline.go_back(read_seconds(self.workdir, to))
+        box.append(self._go_on_from(found))
+        self.batches.set_state(finished.data_state)
+        self._recorder.go_back(to)
+        self._held_out = (-1, {})
+        self._events.write("roll_back", finished.step, to_step=to, batches_passed_over=left_out)
+        self._recorder.say(f"step {finished.step} was a spike: back to step {to}, passing over {left_out} batches")
 
     def _due(self) -> bool:
         every = (self.config.evaluation.every, self.config.checkpoint.every)
@@ -216,23 +272,19 @@ class TrainLoop:
         """Counts one finished step, and writes it down if it is time to."""
         if finished is None:
             return
-        step, metrics, order = finished
-        values = _means(jax.device_get(metrics))
+        step = finished.step
+        with self._timeline.phase("step"):
+            values = means(jax.device_get(finished.metrics))
+        self._timeline.step_done()
+        digest, stop = self._agreement.hear(finished.word)
+        self._stop_agreed |= stop
+        self.counters.data_order = chain(self.counters.data_order, digest)
+        finished = finished._replace(order=self.counters.data_order)
         self.counters.seen_tokens += int(values["seen_tokens"])
-        self.counters.skipped_steps += int(values["skipped"])
-        self._meter.stepped(values["seen_tokens"])
-        self._progress.update(step, values["loss"], self._meter.tokens_per_second)
-        if step % self.config.logging.every == 0 or step in (1, self.config.num_steps) or last:
-            data = self.batches.statistics()
-            values["total_tokens"] = self.counters.seen_tokens
-            values["flops"] = self._meter.step_flops
-            values["total_flops"] = self._meter.step_flops * step
-            values["skipped_steps"] = self.counters.skipped_steps
-            speed = self._meter.read()
-            if speed:
-                speed["data_tokens_per_second"] = data["tokens_per_second"]
-                speed["padding_fraction"] = data["padding_fraction"]
-            self._writer.write(step, "train", values | speed, data_order=order)
+        verdict = self._health.judge(finished, values, self.counters)
+        if verdict is not Verdict.GO_ON:
+            self._verdict = (verdict, finished)
+        self._recorder.stepped(step, values, self.counters, self.batches.statistics(), finished.order, last=last)
 
     def _evaluate_and_save(self, state: TrainState) -> None:
         every = self.config.evaluation.every
@@ -243,49 +295,29 @@ class TrainLoop:
             self._save(state)
 
     def _evaluate(self, state: TrainState, *, whole: bool) -> None:
+        with self._timeline.phase("evaluate"):
+            figures = self._measure(state, whole=whole)
+        if figures:
+            # Again: a finished run that is started again, or data that ended where an evaluation was due.
+            self._recorder.evaluated(self.step, figures, again=whole)
+
+    def _measure(self, state: TrainState, *, whole: bool) -> dict[str, float]:
+        """Returns the held-out figures, and keeps those by which checkpoints are compared."""
         params = state.params if state.average is None else state.average
         figures = self.evaluate(params, whole)
         self._held_out = (self.step, figures)
         if whole and self.config.checkpoint.keep_best and self.config.evaluation.num_batches is not None:
             # Checkpoints are compared by the figures of the same batches.
             self._held_out = (self.step, self.evaluate(params, False))
-        if figures:
-            if whole:  # a finished run that is started again, or data that ended where an evaluation was due
-                self._writer.take_back(self.step, "validation")
-            self._writer.write(self.step, "validation", figures)
-            self._progress.say(
-                f"step {self.step}: held-out loss {figures['nll']:.4f} nats/token, "
-                f"{figures['bits_per_byte']:.4f} bits/byte (unigram entropy {figures['unigram_bits_per_byte']:.4f})"
-            )
+        return figures
 
     def _save(self, state: TrainState) -> None:
-        data = {"batches": self.batches.get_state(), "counters": dataclasses.asdict(self.counters)}
-        figures = self._held_out[1] if self._held_out[0] == self.step else None
-        self.checkpoints.save(state, data, figures or None)
-
-
-def _means(metrics: TrainMetrics) -> dict[str, float]:
-    """Returns plain figures; a mean over nothing is left out, and N figures of one name are name/0, name/1, ..."""
-    found = {}
-    for name, value in metrics.items():
-        if isinstance(value, WeightedSum):
-            if not value.weight > 0:
-                continue
-            value = np.asarray(value.sum, np.float64) / value.weight
-        found |= _named(name, np.asarray(value))
-    return found
-
-
-def _named(name: str, value: np.ndarray) -> dict[str, float]:
-    if not value.ndim:
-        return {name: float(value)}
-    width = len(str(len(value) - 1))  # so that sorted by name is sorted by number
-    return {f"{name}/{i:0{width}}": float(figure) for i, figure in enumerate(value)}
-
-
-def _chain(before: str, digest: str) -> str:
-    """A hash of everything read so far, in order: equal hashes mean equal tokens in equal order."""
-    return hashlib.blake2b(f"{before}{digest}".encode(), digest_size=8).hexdigest()
+        with self._timeline.phase("save"):
+            states = [json.loads(text) for text in processes.gather(json.dumps(self.batches.get_state()))]
+            whole = merge_states(list({state["first"]: state for state in states}.values()))
+            data = {"batches": whole, "counters": dataclasses.asdict(self.counters)}
+            figures = self._held_out[1] if self._held_out[0] == self.step else None
+            self.checkpoints.save(state, data, figures or None)
 
 
 def train(
@@ -312,38 +344,50 @@ def train(
       UserError: config, data, folder or checkpoint cannot be used.
     """
     experiment.validate()
+    timeline = Timeline(experiment.health.slow_factor)
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir)
-    with locked(folder):
+    with processes.first_holds(locked(folder)):
         # Only a first start reads it: a run goes on when the folder it came from is gone.
         if not any((folder / "checkpoints").glob("*")) and not os.path.isdir(experiment.init_from or "."):
             raise ConfigError(f"config.init_from: no directory {experiment.init_from}")
-        save_config(folder, experiment, force_config=force_config)
+
+        def prepare() -> None:
+            save_config(folder, experiment, force_config=force_config)
+            load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
+
+        processes.first(prepare)
         tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
         check_batch_size(experiment, assembly.mesh)
         batches = train_batches(
-            experiment.data,
-            experiment.objective,
-            tokenizer,
-            experiment.batch_size,
-            jax.process_index(),
-            jax.process_count(),
+            experiment.data, experiment.objective, tokenizer, experiment.batch_size, *assembly.row_block()
         )
         checkpoints = Checkpoints(folder, experiment.checkpoint)
         try:
-            loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params)
+            loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params, timeline)
             state = loop.restore()
-            data = fingerprint(experiment.data)
-            if loop.step:
-                check_data(folder, data, force_config=force_config)
-            facts = {
-                "from_step": loop.step,
-                "data_fingerprint": data,
-                "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(assembly.state.params)),
-            }
-            write_record(folder, experiment, assembly.mesh, facts)
-            return loop.run(state)
+            processes.first(lambda: _record(loop, force_config))
+            finished = loop.run(state)
+        except BaseException:
+            # Of many processes the others do not know of it and would not close with this one.
+            if jax.process_count() == 1:
+                checkpoints.close()
+            raise
         finally:
-            checkpoints.close()
             batches.close()
+        checkpoints.close()
+        return finished
+
+
+def _record(loop: TrainLoop, force_config: bool) -> None:
+    """Writes this start down, unless the text is not what the run has read so far."""
+    data = fingerprint(loop.config.data)
+    if loop.step:
+        check_data(loop.workdir, data, force_config=force_config)
+    facts = {
+        "from_step": loop.step,
+        "data_fingerprint": data,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(loop.assembly.state.params)),
+    }
+    write_record(loop.workdir, loop.config, loop.assembly.mesh, facts)

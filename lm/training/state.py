@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import parallel
-from lm.optim import state_axes
+from lm.optim import Bounds, state_axes
 
 Tree = Any  # a nested dict of arrays, of shapes, of axes or of shardings
 
@@ -27,6 +27,7 @@ class TrainState(NamedTuple):
       opt_state: the optimizer's state.
       average: exponential moving average of the parameters, or None.
       key: typed PRNG key of the run; folded with the step, never split.
+      spikes: running figures by which spikes are told (`lm.optim.spikes.SpikeState`), or None.
     """
 
     step: Any
@@ -34,9 +35,12 @@ class TrainState(NamedTuple):
     opt_state: Tree
     average: Tree
     key: Any
+    spikes: Any = None
 
 
-def init_state(model: Any, optimizer: optax.GradientTransformation, seed: jax.Array, average: Any) -> TrainState:
+def init_state(
+    model: Any, optimizer: optax.GradientTransformation, seed: jax.Array, average: Any, spikes: Bounds | None = None
+) -> TrainState:
     """Makes the state before the first update; a pure function, to be jitted with `state_shardings`.
 
     Args:
@@ -44,6 +48,7 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, seed: jax.Ar
       optimizer: a built optimizer.
       seed: i32[], the run's seed.
       average: the `lm.optim.Average` to keep, or None.
+      spikes: what tells a spike, or None.
     """
     key = jax.random.key(seed)
     params = model.init(jax.random.fold_in(key, 0))
@@ -53,6 +58,7 @@ def init_state(model: Any, optimizer: optax.GradientTransformation, seed: jax.Ar
         opt_state=optimizer.init(params),
         average=None if average is None else average.init(params),
         key=jax.random.fold_in(key, 1),
+        spikes=None if spikes is None else spikes.init(),
     )
 
 
@@ -81,6 +87,7 @@ def state_shardings(model: Any, shapes: TrainState, mesh: Mesh, rules: parallel.
         opt_state=shardings_of(shapes.opt_state, opt_axes, mesh, rules.state),
         average=None if shapes.average is None else shardings_of(shapes.params, axes, mesh, rules.state),
         key=whole,
+        spikes=jax.tree.map(lambda _: whole, shapes.spikes),
     )
 
 

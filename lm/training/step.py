@@ -131,15 +131,38 @@ def describe_components(parts: WeightedSum, names: tuple[str, ...]) -> TrainMetr
     return found | {f"loss_tokens/{name}": parts.weight[i] for i, name in enumerate(names)}
 
 
+def means(metrics: TrainMetrics) -> dict[str, float]:
+    """Returns plain figures of metrics on the host.
+
+    A mean over nothing is left out, and N figures of one name are name/0, name/1, and so on.
+    """
+    found = {}
+    for name, value in metrics.items():
+        if isinstance(value, WeightedSum):
+            if not value.weight > 0:
+                continue
+            value = np.asarray(value.sum, np.float64) / value.weight
+        found |= _named(name, np.asarray(value))
+    return found
+
+
+def _named(name: str, value: np.ndarray) -> dict[str, float]:
+    if not value.ndim:
+        return {name: float(value)}
+    width = len(str(len(value) - 1))  # so that sorted by name is sorted by number
+    return {f"{name}/{i:0{width}}": float(figure) for i, figure in enumerate(value)}
+
+
 def make_train_step(
     config: Experiment, model: Any, optimizer: optax.GradientTransformation, token_bytes: np.ndarray
 ) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
     """Returns the pure train step; jit it with the state donated.
 
     The metrics are f32[] scalars, or f32[N] for N figures of one name: those of `describe`, gradient_norm,
-    parameter_norm, learning_rate, and skipped (1 where the loss or the gradient was not finite and the update was left
-    out); for a mixture of objectives also those of `describe_components`, pairs whose weight is 0 where a batch has
-    nothing of a component.
+    parameter_norm, learning_rate, and skipped (1 where the update was left out, because the loss or the gradient was
+    not finite, or because they were out of the bounds of `config.health.spikes`, where there are any; then `spike`
+    tells which); for a mixture of objectives also those of `describe_components`, pairs whose weight is 0 where a batch
+    has nothing of a component.
 
     Args:
       config: the run.
@@ -148,8 +171,7 @@ def make_train_step(
       token_bytes: i32[V], UTF-8 bytes of each token.
     """
     learning_rate_at = config.optimizer.learning_rate_at(config.num_steps)
-    averaging = config.optimizer.average
-
+    averaging, bounds = config.optimizer.average, config.health.spikes
     names = config.objective.traits.component_names
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, TrainMetrics]:
@@ -159,12 +181,16 @@ def make_train_step(
         norm = optax.tree.norm(grads)
         metrics = describe(sums, batch_counts(batch, jnp.asarray(token_bytes)))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        spike, spikes = jnp.zeros((), jnp.bool_), None
+        if bounds is not None:
+            spike, spikes = bounds.judge(state.spikes, metrics["loss"], norm, finite)
+        good = finite & ~spike
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = model.after_update(state.params, optax.apply_updates(state.params, updates), statistics)
         average = None if averaging is None else averaging.update(state.average, params, state.step)
 
         def keep(new: Tree, old: Tree) -> Tree:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
         new = keep_in_place(
             model,
@@ -174,14 +200,17 @@ def make_train_step(
                 opt_state=keep(opt_state, state.opt_state),
                 average=keep(average, state.average),
                 key=state.key,
+                spikes=spikes,
             ),
         )
         metrics |= {
             "gradient_norm": norm,
             "parameter_norm": optax.tree.norm(state.params),
             "learning_rate": jnp.asarray(learning_rate_at(state.step), jnp.float32),
-            "skipped": 1.0 - finite.astype(jnp.float32),
+            "skipped": 1.0 - good.astype(jnp.float32),
         }
+        if bounds is not None:
+            metrics["spike"] = spike.astype(jnp.float32)
         return new, metrics | describe_components(sums[0].parts, names)
 
     return step

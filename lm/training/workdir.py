@@ -51,7 +51,7 @@ def open_workdir(path: str) -> pathlib.Path:
 
 
 def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: bool) -> None:
-    """Saves the resolved config in a folder that is `locked`.
+    """Saves the resolved config in a folder that is `locked`; of many processes only the first may.
 
     A start that never came to a checkpoint (wrong data, a vocabulary too large) left nothing to protect: its config
     and its tokenizer make way.
@@ -65,13 +65,11 @@ def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: 
       ConfigError: it holds checkpoints of another config; the message shows the differences. Or the tokenizer is
         to be another one, forced or not.
     """
-    if jax.process_index() != 0:
-        return
     file = workdir / "config.json"
     new = configs.to_json(experiment)
     if file.exists():
         try:
-            old = json.loads(file.read_text(encoding="utf-8"))
+            old = _with_new_fields(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ConfigError(f"{file} is not a saved config ({error}); move it away to start anew") from error
         changes = configs.differences(old, new)
@@ -97,6 +95,15 @@ def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: 
     write_atomically(file, json.dumps(new, indent=2) + "\n")
 
 
+def _with_new_fields(saved: Any) -> Any:
+    """Returns a saved config with the defaults of fields that came after it: an older version's run is no other run."""
+    try:
+        return configs.to_json(configs.from_json(Experiment, saved))
+    except ConfigError:
+        # It has what there is no more; the differences will name it.
+        return saved
+
+
 def read_config(workdir: pathlib.Path) -> Experiment:
     """Returns the config saved in a run's folder.
 
@@ -111,12 +118,12 @@ def read_config(workdir: pathlib.Path) -> Experiment:
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the folder for this process; the lock goes with the process, however it ends.
+    """Holds the folder for this process, the first of its run; the lock goes with it, however it ends.
 
     Raises:
       WorkdirError: another live process is training in this folder.
     """
-    with (workdir / f"lock.{jax.process_index()}").open("a+") as file:
+    with (workdir / "lock.0").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -182,14 +189,14 @@ def check_data(workdir: pathlib.Path, fingerprint: str, *, force_config: bool) -
 def write_record(workdir: pathlib.Path, experiment: Experiment, mesh: Mesh, facts: dict[str, Any]) -> None:
     """Adds this start to run.json: resolved config, versions, commit, mesh, devices, data, start step.
 
+    Of many processes only the first may.
+
     Args:
       workdir: of the run.
       experiment: the resolved config.
       mesh: in use.
       facts: what only the loop knows (data fingerprint, number of parameters, step resumed from).
     """
-    if jax.process_index() != 0:
-        return
     starts = read_starts(workdir)
     devices = list(mesh.devices.flat)
     starts.append(

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pydoc_data.topics
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,10 @@ TIMES = (
     "data_tokens_per_second",
     # Counted since the start of the process.
     "padding_fraction",
+    "goodput",
+    "recompilations",
 )
+TIME_PREFIXES = ("time/", "stalls/")
 
 
 def write_corpus(folder: pathlib.Path, num_documents: int = 60) -> str:
@@ -60,6 +64,38 @@ def start(program: str, *flags: str, **environment: str) -> subprocess.Popen:
     )
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_many(program: str, number: int, devices: int, *flags: str) -> list[subprocess.Popen]:
+    """Starts a program as `number` processes of `devices` virtual devices each."""
+    port = free_port()
+    return [
+        start(
+            program,
+            *flags,
+            f"--coordinator=127.0.0.1:{port}",
+            f"--num_processes={number}",
+            f"--process_id={index}",
+            JAX_NUM_CPU_DEVICES=str(devices),
+        )
+        for index in range(number)
+    ]
+
+
+def run_many(program: str, number: int, devices: int, *flags: str, timeout: float = 240) -> list[tuple[int, str, str]]:
+    """Runs a program as many processes to its end; none outlives the time limit."""
+    started = start_many(program, number, devices, *flags)
+    try:
+        return [finish(process, timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
 def finish(process: subprocess.Popen, timeout: float = 300) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=timeout)
@@ -76,7 +112,11 @@ def run(program: str, *flags: str, **environment: str) -> tuple[int, str, str]:
 def history(workdir: pathlib.Path, split: str = "train") -> list[dict]:
     """The logged figures that must repeat bit for bit."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines if line["split"] == split]
+    return [
+        {k: v for k, v in line.items() if k not in TIMES and not k.startswith(TIME_PREFIXES)}
+        for line in lines
+        if line["split"] == split
+    ]
 
 
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int, timeout: float = 240) -> None:

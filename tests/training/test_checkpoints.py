@@ -1,7 +1,12 @@
 """Checkpoints: what is saved comes back bit for bit; damage falls back to the one before and says so."""
 
+import contextlib
+import errno
+import os
 import re
+import resource
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +14,10 @@ import numpy as np
 import pytest
 
 from lm.experiment import CheckpointConfig
+from lm.training import checkpoints as checkpoints_module
 from lm.training.assembly import assemble
 from lm.training.checkpoints import CheckpointError, Checkpoints, restore_params
+from lm.training.manifests import write_manifest
 from tests.training.experiments import TOKENIZER, tiny
 
 
@@ -128,3 +135,137 @@ def test_params_of_another_model_are_told_by_the_first_that_differs(tmp_path, as
         restore_params(tmp_path, {**like, "tower": {"kernel": jax.ShapeDtypeStruct((3,), table.dtype)}})
     with pytest.raises(CheckpointError, match=r"1 holds the parameter .*, which this model has not \(and \d+ more\)$"):
         restore_params(tmp_path, {"tokens": like["tokens"]})
+
+
+def _flip(folder):
+    """Changes one bit in the middle of the largest file."""
+    largest = max((p for p in (folder / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    return largest.relative_to(folder).as_posix()
+
+
+def test_a_flipped_bit_falls_back_and_names_the_file(tmp_path, assembly, caplog):
+    checkpoints, states = _save(tmp_path, assembly, 2)
+    checkpoints.close()
+    name = _flip(tmp_path / "checkpoints" / "2")
+    with caplog.at_level("WARNING"):
+        assert restore_params(tmp_path, assembly.state.params)[0] == 1
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+        found = checkpoints.restore(assembly.state)
+    assert (found.step, found.damaged) == (1, [2])
+    assert f"checkpoint 2 is damaged ({name} holds other bytes than were written)" in caplog.text
+    _equal(found.state, states[0])
+    assert (tmp_path / "checkpoints" / "2.damaged" / name).exists()
+    checkpoints.close()
+
+
+@contextlib.contextmanager
+def _no_file_over(size):
+    """The disk takes no file of more bytes, as if it were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def _full_for_the_manifest():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints_module, "write_manifest", _raise_full)
+        yield
+
+
+def _raise_full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("full", [lambda: _no_file_over(2000), _full_for_the_manifest], ids=["arrays", "manifest"])
+def test_a_full_disk_loses_nothing_and_is_tried_again(tmp_path, assembly, caplog, full):
+    checkpoints, states = _save(tmp_path, assembly, 1, CheckpointConfig(keep_last=1))
+    two, three = list(_states(assembly, 3))[1:]
+    with full():
+        checkpoints.save(two, {"at": 2})
+        with pytest.raises(
+            CheckpointError, match=r"step 2 could not be saved in .*; the newest checkpoint is of step 1"
+        ):
+            checkpoints.wait()
+    assert "checkpoint 2 could not be saved" in caplog.text
+    assert checkpoints.steps() == [1]
+    _equal(checkpoints.restore(assembly.state).state, states[0])
+    checkpoints.save(three, {"at": 3})
+    checkpoints.wait()
+    assert checkpoints.steps() == [3]
+    _equal(checkpoints.restore(assembly.state).state, three)
+    checkpoints.close()
+    assert not [p.name for p in (tmp_path / "checkpoints").iterdir() if "tmp" in p.name]
+
+
+def test_a_folder_that_is_gone_or_cannot_be_used(tmp_path, assembly):
+    checkpoints, _ = _save(tmp_path, assembly, 1)
+    two, three = list(_states(assembly, 3))[1:]
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("not a folder")
+    checkpoints.save(two, {"at": 2})
+    with pytest.raises(CheckpointError, match=r"step 2 could not be saved in .*; there is no checkpoint"):
+        checkpoints.wait()
+    (tmp_path / "checkpoints").unlink()
+    checkpoints.save(three, {"at": 3})
+    checkpoints.wait()
+    assert checkpoints.restore(assembly.state).step == 3
+    checkpoints.close()
+
+
+def test_the_clock_does_not_order_checkpoints(tmp_path, assembly):
+    checkpoints, _ = _save(tmp_path, assembly, 3)
+    checkpoints.close()
+    for step in (1, 2, 3):
+        for path in [tmp_path / "checkpoints" / str(step), *(tmp_path / "checkpoints" / str(step)).rglob("*")]:
+            os.utime(path, (1e9 - step * 1e6, 1e9 - step * 1e6))
+    assert restore_params(tmp_path, assembly.state.params)[0] == 3
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_last=2))
+    assert checkpoints.restore(assembly.state).step == 3
+    checkpoints.save(list(_states(assembly, 4))[3], {"at": 4})
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4]
+    checkpoints.close()
+
+
+def test_a_slow_disk_delays_the_next_save_and_nothing_else(tmp_path, assembly, monkeypatch):
+    written = []
+
+    def slow(folder, facts):
+        # While this one is not proven, the one before it stands.
+        assert [step for step in written if not (tmp_path / "checkpoints" / str(step)).is_dir()] == written[:-1]
+        time.sleep(0.3)
+        write_manifest(folder, facts)
+        written.append(facts["step"])
+
+    monkeypatch.setattr(checkpoints_module, "write_manifest", slow)
+    checkpoints, _ = _save(tmp_path, assembly, 3, CheckpointConfig(keep_last=1))
+    assert (written, checkpoints.steps()) == ([1, 2, 3], [3])
+    checkpoints.close()
+
+
+def test_an_interrupted_deletion_is_finished(tmp_path, assembly):
+    checkpoints, _ = _save(tmp_path, assembly, 2)
+    checkpoints.close()
+    left = (tmp_path / "checkpoints" / "1").rename(tmp_path / "checkpoints" / "1.deleted")
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    assert checkpoints.steps() == [2]
+    assert not left.exists()
+    checkpoints.close()
+
+
+def test_the_best_is_kept_over_a_restart(tmp_path, assembly):
+    config = CheckpointConfig(keep_last=1, keep_best=1)
+    checkpoints, _ = _save(tmp_path, assembly, 3, config, nll=[3.0, 1.0, 2.0])
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.save(list(_states(assembly, 4))[3], {"at": 4}, {"nll": 1.5})
+    checkpoints.wait()
+    assert checkpoints.steps() == [2, 4]
+    checkpoints.close()

@@ -11,9 +11,8 @@ from lm.batch import WeightedSum
 from lm.experiment import LossConfig
 from lm.objectives import Causal, Component, FillInTheMiddle, Mixture
 from lm.optim import build_optimizer
-from lm.training.loop import _means
 from lm.training.state import init_state
-from lm.training.step import make_train_step
+from lm.training.step import make_train_step, means
 from tests.training.experiments import TOKENIZER, one_device, random_batch, tiny
 
 MIXTURE = Mixture(
@@ -31,7 +30,7 @@ def _metrics(config, batch):
     with one_device():
         state = jax.jit(lambda: init_state(model, optimizer, jnp.asarray(0), None))()
         _, metrics = jax.jit(make_train_step(config, model, optimizer, TOKENIZER.token_bytes))(state, batch)
-    return _means(jax.device_get(metrics))
+    return means(jax.device_get(metrics))
 
 
 @pytest.mark.parametrize(("chunk", "num_microbatches"), [(None, 1), (5, 2)])
@@ -56,7 +55,7 @@ def test_components_are_told_apart(chunk, num_microbatches):
 
 def test_figures_of_one_name_are_numbered_so_that_they_sort():
     loads = jnp.arange(12.0) / 66
-    found = _means(jax.device_get({"loss": jnp.float32(2.0), "load": WeightedSum(loads * 3.0, jnp.float32(3.0))}))
+    found = means(jax.device_get({"loss": jnp.float32(2.0), "load": WeightedSum(loads * 3.0, jnp.float32(3.0))}))
     assert list(found) == [*(f"load/{i:02}" for i in range(12)), "loss"]
     np.testing.assert_allclose([found[f"load/{i:02}"] for i in range(12)], loads, rtol=1e-6)
-    assert _means({"load": WeightedSum(np.zeros(3), np.float32(0.0))}) == {}
+    assert means({"load": WeightedSum(np.zeros(3), np.float32(0.0))}) == {}

@@ -1,0 +1,43 @@
+"""What happened to a run besides training: events.jsonl, one line each, in the order of happening.
+
+Knows no meaning of any event. Law: lines are only ever added, by all threads of one process whole; metrics.jsonl is the
+history of the run, this file that of its starts, so what a restart did again stands here twice.
+"""
+
+import json
+import pathlib
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from lm.training.logging import read_metrics
+
+
+class Events:
+    """Appends events; processes beyond the first have files of their own, events.1.jsonl and so on."""
+
+    def __init__(self, workdir: pathlib.Path, process: int = 0) -> None:
+        """Opens nothing yet: a run to which nothing happens has no such file."""
+        self._path = workdir / (f"events.{process}.jsonl" if process else "events.jsonl")
+        self._lock = threading.Lock()
+
+    def write(self, kind: str, step: int, **facts: Any) -> None:
+        """Adds a line.
+
+        Args:
+          kind: one word.
+          step: of the run at which it happened.
+          **facts: plain data.
+        """
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = json.dumps({"time": at, "kind": kind, "step": step, **facts})
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def read_events(workdir: pathlib.Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the events of the first process, all or those of one kind, oldest first."""
+    for line in read_metrics(workdir / "events.jsonl"):
+        if kind is None or line["kind"] == kind:
+            yield line

@@ -1,0 +1,63 @@
+"""Which batch each step of a run read: the hash chain over them, and the batches that were passed over.
+
+Without a roll back step k reads batch k. A roll back goes back to an earlier step and on with the next batch, so that
+what lay between is read by no step of the run. Law: (config, passed over, step) name a batch.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from lm.training.logging import write_atomically
+
+
+def chain(before: str, digest: str) -> str:
+    """Returns the hash of everything read so far, in order: equal hashes mean equal tokens in equal order."""
+    return hashlib.blake2b(f"{before}{digest}".encode(), digest_size=8).hexdigest()
+
+
+def digest_of_rows(digests: np.ndarray) -> str:
+    """Returns the hash of a global batch from those of its rows, in order, as `Batches.digests` gives them."""
+    return hashlib.blake2b(np.ascontiguousarray(digests).tobytes(), digest_size=8).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassedOver:
+    """Batches that a roll back left out.
+
+    Attributes:
+      after: the step that the run went back to.
+      batches: how many batches were left out before the next step.
+      spike: the step whose loss or gradient was out of bounds.
+    """
+
+    after: int
+    batches: int
+    spike: int
+
+
+class Detours:
+    """The roll backs of a run, kept in its folder, so that a killed run and a replay repeat them."""
+
+    def __init__(self, workdir: pathlib.Path) -> None:
+        """Reads those that the folder records."""
+        self._path = workdir / "rollbacks.json"
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else "[]"
+        self.found = [PassedOver(**one) for one in json.loads(text)]
+
+    def batch_number(self, step: int) -> int:
+        """Returns which batch, from 1, the step reads."""
+        return step + sum(one.batches for one in self.found if one.after < step)
+
+    def forget_after(self, step: int) -> None:
+        """Drops those that led back to a later step: a run that goes on from here decides them again."""
+        self.found = [one for one in self.found if one.after <= step]
+
+    def add(self, one: PassedOver, *, write: bool) -> None:
+        """Adds a roll back; with `write` to the folder too, before anything else is done about it."""
+        self.found.append(one)
+        if write:
+            write_atomically(self._path, json.dumps([dataclasses.asdict(each) for each in self.found]) + "\n")

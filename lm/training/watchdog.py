@@ -1,0 +1,76 @@
+"""A thread that says where the program stands when it stands too long.
+
+Looks at a `Timeline` about once a second and writes nothing but reports. Law: it never touches the devices, so it goes
+on when they hang, and it never ends the program: that is the launcher's decision.
+"""
+
+import contextlib
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+
+from lm.training.events import Events
+from lm.training.timeline import Place, Timeline
+
+# How long a phase may last of which nothing is known yet: a first compilation, a first evaluation.
+PATIENCE_SECONDS = 600.0
+# Lines of the stack that are shown.
+_DEPTH = 8
+
+
+class Watchdog:
+    """Watches the thread that makes it.
+
+    Args:
+      timeline: of the loop.
+      events: where reports go besides stderr.
+      step: tells the loop's step.
+      say: prints a line.
+    """
+
+    def __init__(self, timeline: Timeline, events: Events, step: Callable[[], int], say: Callable[[str], None]) -> None:
+        self._timeline, self._events, self._step, self._say = timeline, events, step, say
+        self._thread_id = threading.get_ident()
+        self._reported = (-1, 0.0)
+
+    def look(self) -> bool:
+        """Reports if the phase lasts too long, again each time that it lasted twice as long; returns whether it did."""
+        place = self._timeline.place
+        seconds = self._timeline.clock() - place.since
+        limit = self._timeline.limit(place.phase) or PATIENCE_SECONDS
+        number, at = self._reported
+        if seconds <= (2 * at if number == place.number else limit):
+            return False
+        self._reported = (place.number, seconds)
+        self._report(place, seconds)
+        return True
+
+    def _report(self, place: Place, seconds: float) -> None:
+        usual = self._timeline.median(place.phase)
+        frame = sys._current_frames().get(self._thread_id)
+        stack = [] if frame is None else [line.rstrip() for line in traceback.format_stack(frame)[-_DEPTH:]]
+        compared = "it has no usual time yet" if usual is None else f"a usual one takes {usual:.3g} s"
+        self._say(
+            f"slow: step {self._step() + 1} is in phase {place.phase} for {seconds:.1f} s; {compared}. The program "
+            "stands at:\n" + "\n".join(stack)
+        )
+        facts = {"phase": place.phase, "seconds": seconds, "usual_seconds": usual, "stack": stack}
+        self._events.write("slow", self._step() + 1, **facts)
+
+    @contextlib.contextmanager
+    def watching(self, interval: float = 1.0) -> Iterator[None]:
+        """Looks every `interval` seconds, in a thread of its own, while inside."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(interval):
+                self.look()
+
+        thread = threading.Thread(target=watch, daemon=True, name="watchdog")
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()

@@ -1,0 +1,129 @@
+"""Many processes: a run moves between meshes of processes and devices as if nothing had changed, and ends cleanly."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from lm import parallel
+from lm.evaluation.heldout import make_evaluate
+from lm.parallel import MeshConfig
+from lm.training.loop import train
+from tests.system import experiments, runs
+
+pytestmark = pytest.mark.system
+
+PREEMPTED = 75
+
+
+def _stop_all(started, workdir, after, victim):
+    """Asks one process to stop when the run has logged a step; returns (status, messages) of all."""
+    try:
+        runs.wait_for_step(started[0], workdir, after)
+        started[victim].send_signal(signal.SIGTERM)
+        ended = [runs.finish(process, 120) for process in started]
+        return [(code, err) for code, _, err in ended]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def _stopping_evaluate(assembly):
+    """Asks this process to stop at its first evaluation inside the loop."""
+    evaluate = make_evaluate(assembly)
+
+    def wrapped(params, whole):
+        if not whole:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(params, whole)
+
+    return wrapped
+
+
+def _last_step(workdir):
+    return runs.history(workdir)[-1]["step"]
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Half of the devices shard the parameters; saved only when it is asked to stop."""
+    return experiments.decoder(
+        tmp_path / "text",
+        mesh=MeshConfig(data=-1, fsdp=2),
+        num_steps=80,
+        evaluation=dataclasses.replace(experiments.decoder(tmp_path / "text").evaluation, every=4),
+        checkpoint=dataclasses.replace(experiments.decoder(tmp_path / "text").checkpoint, every=1000),
+    )
+
+
+def test_a_run_moves_between_processes_and_devices(tmp_path, experiment, monkeypatch):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert train(experiment, str(whole), make_evaluate)
+    flags = [experiments.save(experiment, tmp_path / "config.json"), f"--workdir={moved}"]
+
+    # 1 x 8
+    assert not train(experiment, str(moved), _stopping_evaluate)
+    assert _last_step(moved) == 4
+    # 4 x 2, then 2 x 4: one is asked to stop, all stop at one step with a checkpoint of it.
+    at = [4]
+    for number, victim in ((4, 2), (2, 0)):
+        started = runs.start_many("lm.train", number, 8 // number, *flags)
+        ended = _stop_all(started, moved, at[-1] + 5, victim)
+        assert [code for code, _ in ended] == [PREEMPTED] * number, "\n".join(err for _, err in ended)
+        at.append(_last_step(moved))
+        assert at[-2] < at[-1] < 80
+        assert (moved / "checkpoints" / str(at[-1]) / "manifest.json").exists()
+        assert f"stopped after step {at[-1]}; saved" in ended[0][1]
+        assert "saved" not in ended[1][1]
+    assert not (moved / "processes").exists()
+    # 1 x 1
+    monkeypatch.setattr(parallel, "build_mesh", lambda _: _one_device())
+    assert train(experiment, str(moved), make_evaluate, force_config=True)
+
+    expected, got = runs.history(whole), runs.history(moved)
+    assert [line["step"] for line in got] == list(range(1, 81))
+    assert [line["data_order"] for line in got] == [line["data_order"] for line in expected]
+    for name in ("loss", "nll", "gradient_norm", "seen_tokens", "total_tokens"):
+        np.testing.assert_allclose([line[name] for line in got], [line[name] for line in expected], rtol=1e-5)
+    for before, after in zip(runs.history(whole, "validation"), runs.history(moved, "validation"), strict=True):
+        assert (before["step"], before["tokens"], before["bytes"]) == (after["step"], after["tokens"], after["bytes"])
+        np.testing.assert_allclose(before["nll"], after["nll"], rtol=1e-5)
+    starts = json.loads((moved / "run.json").read_text())["starts"]
+    assert [(start["devices"]["processes"], start["from_step"]) for start in starts] == [
+        (1, 0),
+        (4, at[0]),
+        (2, at[1]),
+        (1, at[2]),
+    ]
+
+
+def _one_device():
+    return jax.make_mesh(
+        (1,) * 6, parallel.MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 6, devices=jax.devices()[:1]
+    )
+
+
+def test_a_process_that_never_joins_is_named(tmp_path, experiment):
+    flags = [experiments.save(experiment, tmp_path / "config.json"), f"--workdir={tmp_path / 'run'}"]
+    flags += [f"--coordinator=127.0.0.1:{runs.free_port()}", "--num_processes=3", "--join_timeout=3"]
+    code, _, err = runs.run("lm.train", *flags, "--process_id=0")
+    assert code == 2
+    assert err.strip().splitlines()[-1] == (
+        "train: processes 1, 2 of 3 did not join within 3 s: look at what they say, then start all 3 again"
+    )
+
+
+def test_what_stops_the_first_process_stops_all(tmp_path, experiment):
+    flags = [experiments.save(experiment, tmp_path / "config.json"), f"--workdir={tmp_path / 'run'}"]
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / "lock.0").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ended = runs.run_many("lm.train", 2, 1, *flags, timeout=120)
+    for code, _, err in ended:
+        assert code == 2, err
+        assert "is in use by process" in err

@@ -1,0 +1,1 @@
+"""Small runs that released versions left behind, which every later version must load and continue."""

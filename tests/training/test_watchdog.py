@@ -1,0 +1,76 @@
+"""The watchdog: silent on usual steps, one report for a slow one, with the phase and the place in the program."""
+
+import time
+
+import pytest
+
+from lm.training.events import Events, read_events
+from lm.training.timeline import Timeline
+from lm.training.watchdog import PATIENCE_SECONDS, Watchdog
+from tests.training.test_timeline import Clock, _spend, _steps
+
+
+@pytest.fixture
+def watched(tmp_path):
+    clock, said = Clock(), []
+    timeline = Timeline(clock=clock)
+    return clock, timeline, Watchdog(timeline, Events(tmp_path), lambda: 6, said.append), said
+
+
+def _hang_here(watchdog):
+    return watchdog.look()
+
+
+def test_a_step_of_ten_medians_is_reported_once_with_its_place(watched, tmp_path):
+    clock, timeline, watchdog, said = watched
+    _steps(timeline, clock, 10)
+    with timeline.phase("data"):
+        clock.now += 9.9
+        assert not watchdog.look()
+        clock.now += 0.2
+        assert _hang_here(watchdog)
+        assert not watchdog.look()
+        clock.now += 11
+        assert watchdog.look()  # twice as long
+    assert not watchdog.look()
+    first, second = read_events(tmp_path, "slow")
+    assert (first["phase"], first["step"]) == ("data", 7)
+    assert first["seconds"] == pytest.approx(10.1)
+    assert first["usual_seconds"] == pytest.approx(1.0)
+    assert any("_hang_here" in line for line in first["stack"])
+    assert second["seconds"] == pytest.approx(21.1)
+    assert "step 7 is in phase data for 10.1 s; a usual one takes 1 s" in said[0]
+
+
+def test_what_has_no_usual_time_is_given_ten_minutes(watched):
+    clock, timeline, watchdog, said = watched
+    with timeline.phase("compile"):
+        clock.now += PATIENCE_SECONDS - 1
+        assert not watchdog.look()
+        clock.now += 2
+        assert watchdog.look()
+    assert "no usual time yet" in said[0]
+
+
+def test_an_evaluation_is_compared_with_evaluations(watched):
+    clock, timeline, watchdog, _ = watched
+    _steps(timeline, clock, 10)
+    for _ in range(5):
+        _spend(timeline, clock, "evaluate", 60)
+    with timeline.phase("evaluate"):
+        clock.now += 500
+        assert not watchdog.look()
+
+
+def test_the_thread_looks_by_itself_and_ends(tmp_path):
+    said = []
+    timeline = Timeline(factor=2, least_seconds=0.01)
+    for _ in range(5):
+        with timeline.phase("step"):
+            time.sleep(0.001)
+        timeline.step_done()
+    with Watchdog(timeline, Events(tmp_path), lambda: 5, said.append).watching(0.005), timeline.phase("step"):
+        deadline = time.monotonic() + 20
+        while not said and time.monotonic() < deadline:
+            time.sleep(0.005)
+    assert "step 6 is in phase step" in said[0]
