@@ -4,7 +4,6 @@ Knows no model. Laws: the hash of a step's rows is the same for any number of pr
 the same answer at the same step, while the next step runs, so that no device waits for it.
 """
 
-import hashlib
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import parallel
-from lm.data import Batches
+from lm.data import Batches, join_digests
 from lm.training.assembly import Assembly
 
 
@@ -59,5 +58,5 @@ class Agreement:
         """Returns the hash of all rows of a step, and whether any process was asked to stop."""
         rows, stop = jax.device_get(word)
         # A mesh may hold the rows in another order than they were read in.
-        ordered = np.ascontiguousarray(rows[np.argsort(rows[:, 0], kind="stable"), 1:])
-        return hashlib.blake2b(ordered.tobytes(), digest_size=8).hexdigest(), bool(stop)
+        ordered = rows[np.argsort(rows[:, 0], kind="stable"), 1:]
+        return join_digests(ordered), bool(stop)

@@ -196,10 +196,10 @@ class TrainLoop:
                 break
             self._meter.waited(time.perf_counter() - started)
             box[0], metrics = step(box[0], self.assembly.place(batch))
-            if self._one_at_a_time:
-                jax.block_until_ready(metrics)
-            self.step += 1
             word = self._agreement.say(self.batches, stop.is_set())
+            if self._one_at_a_time:
+                jax.block_until_ready((metrics, word))
+            self.step += 1
             # Written down one step late: while this step runs, the last one's figures are read.
             self._note(pending)
             pending = (self.step, metrics, word)
