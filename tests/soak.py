@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from tests.system import experiments, runs
 
@@ -210,6 +210,7 @@ def soak(folder: pathlib.Path, case: Case, kills: int, rng: random.Random, say: 
 
 def main(_: list[str]) -> None:
     """Runs every case with its share of the kills."""
+    logging.set_verbosity(logging.WARNING)
     kills, rng, started = _KILLS.value, random.Random(_SEED.value), time.monotonic()
     folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="soak-"))
     counts: collections.Counter[str] = collections.Counter()
