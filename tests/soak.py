@@ -10,7 +10,6 @@ the hash of all examples read must equal those of a run that was left alone.
 
 import collections
 import dataclasses
-import itertools
 import json
 import pathlib
 import random
@@ -129,19 +128,18 @@ def _kill(processes: list[subprocess.Popen], victim: int, kind: str) -> list[int
 def _wait(processes: list[subprocess.Popen], seen: Watched, moment: str, step: int) -> str | None:
     """Waits for a moment; returns what came: it, that it was too short to be seen, or None for the run's end."""
     starts, has_come = seen.starts(), MOMENTS[moment]
-    deadline = time.monotonic() + LIMIT
-    for look in itertools.count():
-        if any(process.poll() is not None for process in processes):
-            return None
+    deadline, looks = time.monotonic() + LIMIT, 0
+    while all(process.poll() is None for process in processes):
         if has_come(seen, step, starts):
             return moment
         # A deletion lasts a millisecond: most looks must be quick.
-        if look % 50 == 0 and seen.step() >= step + 2 * EVERY:
+        looks += 1
+        if looks % 50 == 0 and seen.step() >= step + 2 * EVERY:
             return f"{moment} missed"
         if time.monotonic() > deadline:
             raise AssertionError(f"neither the moment nor the end came in {LIMIT} s")
         time.sleep(0.0003)
-    raise AssertionError("unreachable")
+    return None
 
 
 def _compare(whole: pathlib.Path, broken: pathlib.Path, num_steps: int) -> None:
