@@ -15,7 +15,7 @@ from lm.data.config import DataConfig
 from lm.data.documents import fingerprint, load_tokenizer
 from lm.data.formats import DataError
 from lm.data.hugging_face import HuggingFace
-from lm.data.pipeline import Batches, merge_states, train_batches, validation_batches
+from lm.data.pipeline import Batches, join_digests, merge_states, train_batches, validation_batches
 from lm.data.sources import Files, StandardLibrary, Tokenized
 from lm.data.tokenizers import Bytes, Saved, SentencePiece, Tokenizer
 
@@ -32,6 +32,7 @@ __all__ = [
     "Tokenized",
     "Tokenizer",
     "fingerprint",
+    "join_digests",
     "load_tokenizer",
     "merge_states",
     "train_batches",

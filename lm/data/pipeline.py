@@ -144,6 +144,10 @@ class Batches(Iterator[Batch]):
             found.append(digest.digest())
         return np.frombuffer(b"".join(found), np.uint8).reshape(len(found), 8)
 
+    def digest(self) -> str:
+        """Returns the hash of this process's rows; where it has all of them, that of the global batch."""
+        return join_digests(self.digests())
+
     def statistics(self) -> dict[str, float]:
         """Returns figures over the batches returned since this object was made, of this process's rows.
 
@@ -165,6 +169,15 @@ class Batches(Iterator[Batch]):
         """Ends threads and worker processes."""
         _close_all(self._iterators)
         self._closed = True
+
+
+def join_digests(digests: np.ndarray) -> str:
+    """Returns the hash of a batch, or of some of its rows.
+
+    Args:
+      digests: u8[rows, 8], of `Batches.digests`, in the order of the rows.
+    """
+    return hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
 
 
 def _close_all(iterators: list[Iterator[Item]]) -> None:
@@ -238,4 +251,4 @@ def validation_batches(
     return Batches(plan, *_rows(batch_size, process_index, process_count))
 
 
-__all__ = ["Batches", "merge_states", "train_batches", "validation_batches"]
+__all__ = ["Batches", "join_digests", "merge_states", "train_batches", "validation_batches"]

@@ -12,9 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import parallel
-from lm.data import Batches
+from lm.data import Batches, join_digests
 from lm.training.assembly import Assembly
-from lm.training.order import digest_of_rows
 
 
 class Word(NamedTuple):
@@ -59,4 +58,5 @@ class Agreement:
         """Returns the hash of all rows of a step, and whether any process was asked to stop."""
         rows, stop = jax.device_get(word)
         # A mesh may hold the rows in another order than they were read in.
-        return digest_of_rows(rows[np.argsort(rows[:, 0], kind="stable"), 1:]), bool(stop)
+        ordered = rows[np.argsort(rows[:, 0], kind="stable"), 1:]
+        return join_digests(ordered), bool(stop)

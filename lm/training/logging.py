@@ -58,6 +58,7 @@ class MetricsWriter:
         self._file: BinaryIO | None = None
         # Lines that a full disk did not take yet.
         self._waiting = b""
+        self._is_full = False
         self._events = None
         if workdir is None:
             return
@@ -100,11 +101,13 @@ class MetricsWriter:
             self._file = self._path.open("ab", buffering=0)
         shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         line = json.dumps({"step": step, "split": split, **notes, **shown}) + "\n"
-        known, self._waiting = bool(self._waiting), self._waiting + line.encode()
+        self._waiting += line.encode()
         try:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._is_full = False
         except OSError as error:
-            if not known:
+            if not self._is_full:
+                self._is_full = True
                 logging.error(
                     "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
                 )

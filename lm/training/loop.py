@@ -226,7 +226,7 @@ class TrainLoop:
                     finished, "the hardware computed one step twice, unequally", str(error)
                 ) from error
             if self._one_at_a_time:
-                jax.block_until_ready(metrics)
+                jax.block_until_ready((metrics, word))
         self._is_compiled = True
         self.step = number
         return finished._replace(metrics=metrics)

@@ -9,19 +9,12 @@ import hashlib
 import json
 import pathlib
 
-import numpy as np
-
 from lm.training.logging import write_atomically
 
 
 def chain(before: str, digest: str) -> str:
     """Returns the hash of everything read so far, in order: equal hashes mean equal tokens in equal order."""
     return hashlib.blake2b(f"{before}{digest}".encode(), digest_size=8).hexdigest()
-
-
-def digest_of_rows(digests: np.ndarray) -> str:
-    """Returns the hash of a global batch from those of its rows, in order, as `Batches.digests` gives them."""
-    return hashlib.blake2b(np.ascontiguousarray(digests).tobytes(), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.document import Vocabulary
 from lm.experiment import Experiment
 from lm.training.logging import read_metrics
-from lm.training.order import Detours, chain, digest_of_rows
+from lm.training.order import Detours, chain
 from lm.training.workdir import WorkdirError, read_config, read_starts
 
 
@@ -110,7 +110,7 @@ def _read(workdir: pathlib.Path, batches: Batches, step: int) -> Replayed:
                 raise ConfigError(f"--step={step}: the data end after {at - 1} steps (data.num_epochs)")
             if batches.get_state()["batches"] >= number:
                 break
-        digest = digest_of_rows(batches.digests())
+        digest = batches.digest()
         order = chain(order, digest)
         if at == step:
             found = Replayed(step, number, batch, batches.document_ids(), digest, None, first)

@@ -8,10 +8,11 @@ import json
 import pathlib
 import pydoc_data.topics
 
-from configs import llama3, switch, ul2
+from configs import llama3, ul2
 from lm import config as configs
 from lm.data import Bytes, DataConfig, Files
 from lm.experiment import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig
+from lm.models import MixtureOfExperts
 from lm.optim import SGD, Constant, OptimizerConfig
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -69,17 +70,10 @@ def encoder_decoder(folder: pathlib.Path, **changes: object) -> Experiment:
 
 
 def experts(folder: pathlib.Path, **changes: object) -> Experiment:
-    """A mixture of experts."""
-    usual, base = switch.get_config("tiny"), decoder(folder)
-    data = dataclasses.replace(
-        base.data,
-        tokenizer=usual.data.tokenizer,
-        sequence_length=usual.data.sequence_length,
-        encoder_length=usual.data.encoder_length,
-    )
-    return dataclasses.replace(
-        base, model=usual.model, objective=usual.objective, optimizer=usual.optimizer, data=data, **changes
-    )
+    """A mixture of experts in the decoder, two of four for each token."""
+    base = decoder(folder)
+    model = dataclasses.replace(base.model, mlp=MixtureOfExperts(num_experts=4, num_selected=2))
+    return dataclasses.replace(base, model=model, **changes)
 
 
 def save(experiment: Experiment, file: pathlib.Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -63,3 +64,32 @@ def test_progress_lines(capsys):
 
 def test_time_left_does_not_wrap_after_a_day():
     assert _duration(139 * 3600 + 62) == "139:01:02"
+
+
+def test_lines_that_a_full_disk_does_not_take_wait_for_the_next_try(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False), 0)
+    writer.write(1, "train", {"loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70, before[1]))
+    try:
+        writer.write(2, "train", {"loss": 2.0})
+        writer.write(3, "train", {"loss": 3.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caplog.text.count("cannot be written") == 1
+    writer.write(4, "train", {"loss": 4.0})
+    writer.close()
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_process_that_is_not_the_first_writes_and_says_nothing(tmp_path, capfd):
+    writer = MetricsWriter(None, LoggingConfig(), 0)
+    writer.write(1, "train", {"loss": 1.0})
+    writer.take_back(1, "train")
+    writer.close()
+    progress = Progress(None, 0, 1)
+    progress.update(1, 1.0, 1.0)
+    progress.say("done")
+    progress.close()
+    assert not list(tmp_path.iterdir())
+    assert capfd.readouterr().err == ""

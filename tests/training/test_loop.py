@@ -1,7 +1,9 @@
 """The loop as a whole: what a second start, data that end or fail, and other weights leave behind."""
 
 import dataclasses
+import errno
 import json
+import shutil
 
 import pytest
 
@@ -9,9 +11,11 @@ from lm.config import ConfigError, UserError
 from lm.data import DataConfig, DataError, SentencePiece
 from lm.evaluation.heldout import make_evaluate
 from lm.experiment import CheckpointConfig, EvaluationConfig
-from lm.training.checkpoints import Checkpoints
+from lm.training import checkpoints as checkpoints_module
+from lm.training.checkpoints import CheckpointError, Checkpoints
 from lm.training.logging import read_metrics
 from lm.training.loop import train
+from lm.training.manifests import write_manifest
 from lm.training.workdir import WorkdirError
 from tests.training.experiments import tiny
 
@@ -116,3 +120,55 @@ def test_keep_best_needs_figures_to_choose_by(corpus, every, evaluate, fraction,
         data=dataclasses.replace(tiny(corpus).data, validation_fraction=fraction),
     )
     assert run.problems() == [] if words is None else words in "\n".join(run.problems())
+
+
+def _full_at(monkeypatch, *steps):
+    """A disk that is full whenever the checkpoint of one of these steps is to be finished."""
+
+    def write(folder, facts):
+        if facts["step"] in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_manifest(folder, facts)
+
+    monkeypatch.setattr(checkpoints_module, "write_manifest", write)
+
+
+def test_a_full_disk_stops_no_training_and_is_tried_again(tmp_path, corpus, monkeypatch, caplog):
+    _full_at(monkeypatch, 2)
+    run = tiny(corpus, num_steps=6, checkpoint=CheckpointConfig(every=2, keep_last=5))
+    assert train(run, str(tmp_path), make_evaluate)
+    assert "checkpoint 2 could not be saved: No space left on device. Training goes on" in caplog.text
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6]
+    assert [line["step"] for line in _lines(tmp_path, "train")] == list(range(1, 7))
+
+
+def test_a_last_save_that_fails_ends_the_run_in_a_sentence(tmp_path, corpus, monkeypatch):
+    _full_at(monkeypatch, 4, 6)
+    run = tiny(corpus, num_steps=6, checkpoint=CheckpointConfig(every=2, keep_last=1))
+    with pytest.raises(CheckpointError, match=r"step 6 could not be saved in .*: No space left on device; .* step 2\."):
+        train(run, str(tmp_path), make_evaluate)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.isdecimal()] == ["2"]
+    monkeypatch.undo()
+    assert train(run, str(tmp_path), make_evaluate)
+    assert [line["step"] for line in _lines(tmp_path, "train")] == list(range(1, 7))
+
+
+def test_files_deleted_underneath_are_made_again(tmp_path, corpus):
+    def make_deleting_evaluate(assembly):
+        evaluate = make_evaluate(assembly)
+
+        def wrapped(params, whole):
+            if not whole:
+                shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+                (tmp_path / "metrics.jsonl").unlink()
+            return evaluate(params, whole)
+
+        return wrapped
+
+    run = tiny(
+        corpus, num_steps=6, checkpoint=CheckpointConfig(every=2), evaluation=EvaluationConfig(every=4, num_batches=1)
+    )
+    assert train(run, str(tmp_path), make_deleting_evaluate)
+    assert (tmp_path / "checkpoints" / "6" / "manifest.json").exists()
+    assert [line["step"] for line in _lines(tmp_path, "train")] == [5, 6]
+    assert train(run, str(tmp_path), make_evaluate)
