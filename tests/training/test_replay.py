@@ -8,13 +8,13 @@ import pytest
 
 from lm import config as configs
 from lm.config import ConfigError
-from lm.data import Bytes, load_tokenizer, train_batches
+from lm.data import Bytes, join_digests, load_tokenizer, train_batches
 from lm.evaluation import cells
 from lm.evaluation.heldout import make_evaluate
 from lm.experiment import CheckpointConfig, LoggingConfig
 from lm.training.logging import read_metrics
 from lm.training.loop import train
-from lm.training.order import chain, digest_of_rows
+from lm.training.order import chain
 from lm.training.replay import first_rows, replay, segments, show, to_json
 from lm.training.workdir import WorkdirError
 from tests.system import runs
@@ -34,7 +34,7 @@ def _log(workdir, run, every, steps):
     order, read, lines = "", [], []
     for step in range(1, steps + 1):
         batch = next(batches)
-        order = chain(order, digest_of_rows(batches.digests()))
+        order = chain(order, join_digests(batches.digests()))
         read.append((batch, batches.document_ids()))
         if step % every == 0:
             lines.append(json.dumps({"step": step, "split": "train", "data_order": order}) + "\n")
