@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.parallel.mesh import MESH_AXES, Pipeline
 
@@ -216,6 +216,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     resolved = spec(axes, rules.activations)
     if mesh.size == 1 or inside_device():
         return x
+    if not isinstance(x, jax.core.Tracer):  # op by op, as in a debugger
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, resolved))
     # Without its mesh: inside `jax.shard_map` over some axes the one in force is another.
     return jax.lax.with_sharding_constraint(x, resolved)
 
