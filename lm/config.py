@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import math
 import pathlib
 import re
 import types
@@ -43,7 +44,7 @@ def load(path: str) -> Any:
     if file.suffix == ".json":
         try:
             return json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{name}: not a saved config: {error}") from error
     if file.suffix != ".py":
         raise ConfigError(f"--config: {name} is neither a .py nor a .json file")
@@ -199,7 +200,7 @@ def _parse_one(hint: Any, text: str, current: Any) -> Any:
         return lowered in ("true", "1")
     if hint is int:
         number = float(text) if re.fullmatch(r"[\d.]+e\d+", lowered) else int(text.replace("_", ""))
-        return int(number) if number == int(number) else _refuse(text)
+        return int(number) if math.isfinite(number) and number == int(number) else _refuse(text)
     if hint is float:
         return float(text)
     if hint is str:

@@ -185,7 +185,7 @@ def _read_config(folder: pathlib.Path, data: bytes) -> None:
     (folder / "config.json").write_bytes(data)
     experiment = read_config(folder)
     assert configs.from_json(Experiment, configs.to_json(experiment)) == experiment or "NaN" in data.decode()
-    assert all(problem.strip() for problem in experiment.problems())
+    experiment.validate()
 
 
 @functools.cache
@@ -212,7 +212,7 @@ def _read_overrides(folder: pathlib.Path, data: bytes) -> None:
     pairs = (line.partition("=") for line in data.decode("utf-8", "surrogateescape").splitlines())
     overrides = {path: value for path, _, value in pairs}
     experiment = program.resolve(str(folder / "config.json"), overrides, Experiment)
-    assert all(problem.strip() for problem in experiment.problems())
+    experiment.validate()
 
 
 def _overrides() -> list[bytes]:

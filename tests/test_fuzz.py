@@ -78,7 +78,7 @@ FOUND = {
     "a config that nests without end": ("config", lambda: DEEP),
     "a model's config that nests without end": ("interop_config", lambda: b'{"model_type": "bert", "a": ' + DEEP),
     "a list for a number": ("interop_config", lambda: _json(SEEDS["interop_config"]()[0], vocab_size=[])),
-    "a word for a number": ("interop_config", lambda: _json(SEEDS["interop_config"]()[0], n_layer="x")),
+    "a word for a number": ("interop_config", lambda: _json(SEEDS["interop_config"]()[0], num_hidden_layers="x")),
     "an index that leads out": ("safetensors_index", lambda: SEEDS["safetensors_index"]()[1]),
     "an index with no names": ("safetensors_index", lambda: b'{"weight_map": {"a": {}}}'),
     "an index with a number": ("safetensors_index", lambda: b'{"weight_map": {"a": 1.0}}'),

@@ -70,7 +70,7 @@ def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: 
     if file.exists():
         try:
             old = _with_new_fields(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file} is not a saved config ({error}); move it away to start anew") from error
         changes = configs.differences(old, new)
         untouched = not any((workdir / "checkpoints").glob("*"))
