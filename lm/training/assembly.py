@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from lm import parallel
 from lm.batch import Batch
@@ -35,7 +35,7 @@ class Assembly:
 
     Attributes:
       experiment: the resolved config.
-      mesh: over all devices.
+      mesh: over all devices; abstract for what is only planned.
       rules: the sharding table.
       tokenizer: turns text to ids and back.
       model: pure functions init, apply, logits.
@@ -44,7 +44,7 @@ class Assembly:
     """
 
     experiment: Experiment
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: parallel.Rules
     tokenizer: Any
     model: Any
@@ -129,6 +129,20 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
         mesh = parallel.build_mesh(experiment.mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return describe(experiment, mesh, tokenizer)
+
+
+def describe(experiment: Experiment, mesh: Mesh | AbstractMesh, tokenizer: Any = None) -> Assembly:
+    """Builds the parts of a run for a mesh whose devices need not be here; allocates nothing.
+
+    Args:
+      experiment: the run.
+      mesh: where it would live; what is only planned lives on an abstract one, or on a topology's.
+      tokenizer: None for what is only planned.
+
+    Raises:
+      ConfigError: the mesh does not fit the model.
+    """
     rules = parallel.DEFAULT_RULES
     model = experiment.model.build()
     with parallel.shapes_only():
@@ -143,7 +157,7 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
     return Assembly(experiment, mesh, rules, tokenizer, model, optimizer, state)
 
 
-def check_shards(params: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) -> None:
+def check_shards(params: Tree, axes: Tree, mesh: Mesh | AbstractMesh, rules: parallel.Rules) -> None:
     """Checks that the mesh divides each axis of the parameters that it shards.
 
     Raises:
@@ -169,12 +183,12 @@ def check_shards(params: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) ->
         raise ConfigError("\n".join(found.values()))
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns over how many devices the rows of a batch are divided."""
     return mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
 
 
-def check_batch_size(experiment: Experiment, mesh: Mesh) -> None:
+def check_batch_size(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     """Checks that each microbatch divides over the devices that read different rows.
 
     Raises:
