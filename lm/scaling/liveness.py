@@ -29,6 +29,8 @@ KERNELS = (
 
 # What is the same memory under another shape or name.
 VIEWS = ("reshape", "squeeze", "transpose", "copy", "stop_gradient", "sharding_constraint")
+# What every reader makes for itself.
+REPEATED = ("broadcast_in_dim", "iota")
 
 
 class Operation(NamedTuple):
@@ -93,12 +95,33 @@ def measure(
 def _written(operations: Sequence[Operation], sizes: Sequence[int], results: Sequence[int]) -> set[int]:
     """Returns the arrays that are written to memory."""
     needed = set(results)
+    readers: dict[int, list[Operation]] = {}
     for op in reversed(operations):
+        for read in op.reads:
+            readers.setdefault(read, []).append(op)
         if op.is_kernel or (op.is_view(sizes) and needed.intersection(op.writes)):
             needed.update(op.reads)
-    written = set()
+
+    def narrowed(number: int) -> list[int]:
+        """Returns the rounded results that a product writes in place of its own, if nobody reads that."""
+        found: list[int] = []
+        for op in readers.get(number, []):
+            if op.name == "convert_element_type" and sizes[op.writes[0]] < sizes[number]:
+                found += op.writes
+            elif op.is_view(sizes) and (further := narrowed(op.writes[0])):
+                found += further
+            else:
+                return []
+        return found
+
+    written: set[int] = set()
     for op in operations:
-        if not op.is_view(sizes):
+        if op.is_view(sizes) or op.name in REPEATED:
+            continue
+        rounded = narrowed(op.writes[0]) if op.name == "dot_general" else []
+        if rounded:
+            written.update(rounded)
+        else:
             stands = op.is_kernel or op.is_reduction
             written.update(write for write in op.writes if stands or write in needed)
     return written
