@@ -29,6 +29,7 @@ KERNELS = (
 
 # What is the same memory under another shape or name.
 VIEWS = ("reshape", "squeeze", "transpose", "copy", "stop_gradient", "sharding_constraint")
+SLICES = ("dynamic_slice", "slice", "split")
 # What every reader makes for itself.
 REPEATED = ("broadcast_in_dim", "iota")
 
@@ -82,10 +83,13 @@ def measure(
         behind = frozenset[int]().union(*(sources.get(read, frozenset((read,))) for read in op.reads))
         for write in op.writes:
             if write not in written:
-                sources[write] = behind
-        if written.intersection(op.writes):
+                # Of what is sliced only the slice is read.
+                sources[write] = frozenset((write,)) if op.name in SLICES else behind
+        if written.intersection(op.writes) or op.name in SLICES:
             last.update(dict.fromkeys(behind, place))
-            if op.name not in ("scan", "while"):
+            if op.name in SLICES or op.name == "gather":
+                moved += sum(2 * sizes[w] for w in op.writes if w in written)
+            elif op.name not in ("scan", "while"):
                 moved += sum(sizes[n] for n in behind) + sum(sizes[w] for w in op.writes if w in written)
     for number in kept:
         last.update(dict.fromkeys(sources.get(number, (number,)), len(operations)))

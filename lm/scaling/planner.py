@@ -98,6 +98,11 @@ class Plan:
         return max(self.compute_seconds, self.memory_seconds, self.communication_seconds)
 
     @property
+    def roof_seconds(self) -> float:
+        """A step whose kernels keep attention scores and activations on the chip: max of products and communication."""
+        return max(self.compute_seconds, self.communication_seconds)
+
+    @property
     def worst_seconds(self) -> float:
         """A step that hides nothing: their sum."""
         return self.compute_seconds + self.memory_seconds + self.communication_seconds

@@ -140,7 +140,7 @@ class _Walk:
         results = self._follow(jaxpr, ids)
         for result in results:
             self._settle(result)
-        sizes = [value.local_bytes(self.setting.sizes) for value in self.values]
+        sizes = [value.stored_bytes(self.setting.sizes) for value in self.values]
         kept = () if self.in_place else results
         self.cost.peak, moved = liveness.measure(self.operations, sizes, kept, results)
         self.cost.traffic += moved
@@ -213,7 +213,10 @@ class _Walk:
             spec = self._wanted(equation) or propagate(name, params, operands, shape, sizes)
             if name.startswith("scatter") or (name == "broadcast_in_dim" and not operands[0].shape):
                 spec = self.setting.parameters.get(shape, spec)
-            outs.append(_value(variable, spec))
+            repeats = operands[0].stored_bytes(sizes) if name == "broadcast_in_dim" else None
+            repeats = operands[0].repeats if name in liveness.VIEWS else repeats
+            repeats = 0 if name == "iota" else repeats
+            outs.append(_value(variable, spec)._replace(repeats=repeats))
         writes = self._emit(name, reads, outs)
         if name == "sharding_constraint":
             self._gather(reads[0], outs[0].axes)

@@ -77,6 +77,8 @@ def _time(plan: Plan) -> list[str]:
         f" {amount(hardware.memory_bandwidth, 'B/s')}",
         f"  communication    {duration(plan.communication_seconds):>10}  sum of (n-1)/n bytes (all-reduce twice) /"
         f" up to {amount(hardware.links.send, 'B/s')} ({links})",
+        f"  roof             {duration(plan.roof_seconds):>10}  max of products and communication (kernels that keep"
+        f" attention scores on the chip): {plan.utilization(plan.roof_seconds):.1%} MFU",
         f"  if all overlaps  {duration(fast):>10}  max of the three: {plan.utilization(fast):.1%} MFU,"
         f" {plan.tokens / fast / plan.num_devices:,.0f} tokens/s a device",
         f"  if none does     {duration(slow):>10}  sum of the three: {plan.utilization(slow):.1%} MFU,"

@@ -21,11 +21,13 @@ class Value(NamedTuple):
       shape: the whole array's (a shard's, inside `shard_map`).
       itemsize: bytes of an element.
       spec: how it is divided.
+      repeats: bytes of what it repeats, if it is a broadcast, which nobody writes out; None otherwise.
     """
 
     shape: tuple[int, ...]
     itemsize: int
     spec: Spec
+    repeats: int | None = None
 
     def local_shape(self, sizes: Sizes) -> tuple[int, ...]:
         """Returns the shape of one device's shard."""
@@ -35,6 +37,10 @@ class Value(NamedTuple):
     def local_bytes(self, sizes: Sizes) -> int:
         """Returns the bytes of one device's shard."""
         return math.prod(self.local_shape(sizes)) * self.itemsize
+
+    def stored_bytes(self, sizes: Sizes) -> int:
+        """Returns the bytes that one device has of it in memory."""
+        return self.local_bytes(sizes) if self.repeats is None else self.repeats
 
     def without(self, axes: Sequence[str]) -> "Value":
         """Returns the array whole along the given mesh axes."""
