@@ -107,7 +107,7 @@ class Hardware:
         Args:
           kind: its name in a compiled program.
           axes: mesh axes of the devices that take part.
-          size: bytes of the whole array on each device (see `lm.scaling.program.Collective`).
+          size: bytes of the whole array on each device (gathered, or before it is scattered).
           sizes: of all mesh axes.
         """
         members = math.prod(sizes[axis] for axis in axes)

@@ -23,7 +23,7 @@ from lm.scaling.step import describe_step
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf"=\s+(\([^()]*\)|\S+)\s+({'|'.join(KINDS)})(-start)?\(")
+_COLLECTIVE = re.compile(rf"=\s+(\(.*?\)|\S+)\s+({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(?:calls|body|true_computation|false_computation|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')

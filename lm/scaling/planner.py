@@ -11,7 +11,7 @@ import math
 from lm.experiment import Experiment
 from lm.models import accounting
 from lm.parallel.hardware import Hardware
-from lm.scaling.program import Collective, Cost
+from lm.scaling.cost import Collective, Cost
 from lm.scaling.step import abstract_mesh, describe_step, local_bytes
 
 

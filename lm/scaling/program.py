@@ -13,6 +13,7 @@ from typing import Any
 from jax.extend import core
 
 from lm.scaling import liveness
+from lm.scaling.cost import Cost
 from lm.scaling.liveness import Operation
 from lm.scaling.spread import Sizes, Spec, Value, multiply, propagate, whole
 
@@ -33,58 +34,6 @@ EXPLICIT = {
 # What keeps a sum that is still to be taken over devices.
 LINEAR = ("add", "add_any", "reshape", "transpose", "squeeze", "convert_element_type")
 INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Messages of one kind over the same mesh axes, those of a whole step added up.
-
-    Attributes:
-      kind: its name in a compiled program, such as "all-gather".
-      axes: mesh axes of the devices that take part.
-      count: how many.
-      bytes: of the whole array that each device ends with (all-gather), begins with (reduce-scatter, all-to-all), or
-        both; all of them together.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    count: int
-    bytes: int
-
-
-@dataclasses.dataclass
-class Cost:
-    """What a program, or the body of a loop, costs one device.
-
-    Attributes:
-      flops: operations in matrix products.
-      traffic: bytes read from and written to memory.
-      peak: most bytes alive at once, arguments not counted.
-      collectives: by (kind, axes): how many, and their bytes.
-    """
-
-    flops: float = 0.0
-    traffic: float = 0.0
-    peak: int = 0
-    collectives: dict[tuple[str, tuple[str, ...]], tuple[int, int]] = dataclasses.field(default_factory=dict)
-
-    def add(self, other: "Cost", times: int) -> None:
-        """Adds what is done `times` times; the peak is the caller's affair."""
-        self.flops += times * other.flops
-        self.traffic += times * other.traffic
-        for key, (count, size) in other.collectives.items():
-            self.send(*key, times * count, times * size)
-
-    def send(self, kind: str, axes: tuple[str, ...], count: int, size: int) -> None:
-        """Adds messages."""
-        before = self.collectives.get((kind, axes), (0, 0))
-        self.collectives[kind, axes] = (before[0] + count, before[1] + size)
-
-    def messages(self) -> list[Collective]:
-        """Returns the collectives, those that move most first."""
-        found = [Collective(kind, axes, *amount) for (kind, axes), amount in self.collectives.items()]
-        return sorted(found, key=lambda message: -message.bytes)
 
 
 @dataclasses.dataclass(frozen=True)

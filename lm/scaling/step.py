@@ -16,6 +16,7 @@ from lm.batch import DTYPES, ENCODER_FIELDS, Batch
 from lm.config import ConfigError
 from lm.experiment import Experiment
 from lm.scaling import program
+from lm.scaling.cost import Cost
 from lm.scaling.spread import Spec
 from lm.training.assembly import Assembly, check_batch_size, describe
 from lm.training.step import make_train_step
@@ -42,7 +43,7 @@ class Step:
         sizes = np.zeros(experiment.model.vocab_size, np.int32)
         return make_train_step(experiment, self.assembly.model, self.assembly.optimizer, sizes)
 
-    def count(self, platform: str = "tpu") -> program.Cost:
+    def count(self, platform: str = "tpu") -> Cost:
         """Traces the step and counts what it costs one device."""
         with self.assembly.placed():
             closed = jax.make_jaxpr(self.function)(self.assembly.state, self.batch)
