@@ -5,6 +5,7 @@ the curves, all from `lm.scaling.planner`: one trace of the real train step for 
 and links, no device. Rewrites docs/scale.md between its markers with --update.
 """
 
+import os
 import pathlib
 import re
 import shlex
@@ -181,6 +182,7 @@ def replace(document: str, name: str, rows: list[str]) -> str:
 
 
 def main(_) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
     found = curves()
     tables = {
         "runs": [run_row(name) for name in RUNS],

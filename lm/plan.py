@@ -26,6 +26,10 @@ def main(_: list[str]) -> int:
     """Plans the run that the flags name."""
     experiment = program.config(_schema())
     experiment.validate()
+    import jax
+
+    # A plan needs no accelerator, and must not take one from a run.
+    jax.config.update("jax_platforms", "cpu")
     from lm.parallel.hardware import HARDWARE
     from lm.scaling import compiled, report
     from lm.scaling.planner import make_plan

@@ -109,7 +109,6 @@ def topology_mesh(config: parallel.MeshConfig, topology: Topology) -> Mesh:
     settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
     for key, value in settings.items():
         os.environ.setdefault(key, value)
-    jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     try:
@@ -127,7 +126,6 @@ def virtual_mesh(config: parallel.MeshConfig, num_devices: int) -> Mesh:
       ConfigError: jax has started others, or the mesh does not fit them.
     """
     try:
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", num_devices)
     except RuntimeError as error:
         if len(jax.devices("cpu")) < num_devices:
