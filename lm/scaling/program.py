@@ -198,7 +198,7 @@ class _Walk:
 
     def _message(self, equation: Any, operands: Sequence[Value], outs: Sequence[Value]) -> None:
         params = equation.params
-        axes = next(params[key] for key in ("axis_name", "axes", "axis_index_groups") if key in params)
+        axes = params["axes"] if "axes" in params else params["axis_name"]
         axes = (axes,) if isinstance(axes, str) else tuple(a for a in axes if isinstance(a, str))
         kind = EXPLICIT[equation.primitive.name]
         of = outs if kind == "all-gather" else operands
@@ -262,7 +262,9 @@ class _Walk:
             self._settle(read)
         left, right = (self.values[read] for read in reads)
         sizes = self.setting.sizes
-        product = multiply(left, right, equation.params["dimension_numbers"], sizes)
+        known = [value.shape in self.setting.parameters for value in (left, right)]
+        gathered = "smaller" if known[0] == known[1] else ("left" if known[0] else "right")
+        product = multiply(left, right, equation.params["dimension_numbers"], sizes, gathered)
         inside = self._gather(reads[0], product.left.axes) + self._gather(reads[1], product.right.axes)
         out = _value(equation.outvars[0], product.spec)
         self.cost.flops += 2.0 * math.prod(out.local_shape(sizes)) * product.summed

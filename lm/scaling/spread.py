@@ -170,14 +170,23 @@ class Product(NamedTuple):
     summed: int
 
 
-def multiply(left: Value, right: Value, numbers: Any, sizes: Sizes) -> Product:
-    """Places a `dot_general`; where both operands use a mesh axis for different dimensions, the smaller is gathered."""
+def multiply(left: Value, right: Value, numbers: Any, sizes: Sizes, gathered: str = "smaller") -> Product:
+    """Places a `dot_general`; where both operands use a mesh axis for different dimensions, one of them is gathered.
+
+    Args:
+      left: the first operand.
+      right: the second one.
+      numbers: which dimensions are summed over and which are paired, as jax has them.
+      sizes: of the mesh axes.
+      gathered: which one: "left" or "right" where that is a parameter, or the smaller.
+    """
     (left_summed, right_summed), (left_batch, right_batch) = numbers
     paired = dict(zip((*left_summed, *left_batch), (*right_summed, *right_batch), strict=True))
     place_left = {axis: n for n, entry in enumerate(left.spec) for axis in entry}
     place_right = {axis: n for n, entry in enumerate(right.spec) for axis in entry}
     clashing = [a for a in place_left if a in place_right and paired.get(place_left[a]) != place_right[a]]
-    if left.local_bytes(sizes) < right.local_bytes(sizes):
+    smaller = left.local_bytes(sizes) < right.local_bytes(sizes)
+    if gathered == "left" or (gathered == "smaller" and smaller):
         left = left.without(clashing)
     else:
         right = right.without(clashing)

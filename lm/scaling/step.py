@@ -56,11 +56,15 @@ class Step:
         sizes = dict(self.assembly.mesh.shape)
         return program.count(closed, arguments, program.Setting(sizes, parameters, platform))
 
-    def lower(self) -> Any:
-        """Lowers the step for the devices of its mesh, the state donated, as the train loop runs it."""
+    def lower(self, keep_unused: bool = False) -> Any:
+        """Lowers the step for the devices of its mesh, the state donated, as the train loop runs it.
+
+        Args:
+          keep_unused: whether what the model does not read, such as flags of a batch, is an argument all the same.
+        """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.assembly.state)
         with self.assembly.placed():
-            jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(shardings, None))
+            jitted = jax.jit(self.function, donate_argnums=0, out_shardings=(shardings, None), keep_unused=keep_unused)
             return jitted.lower(self.assembly.state, self.batch)
 
 

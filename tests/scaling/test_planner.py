@@ -24,7 +24,7 @@ def test_memory_is_that_of_xla(name):
     experiment = cases()[name]
     plan = make_plan(experiment, 8, V5P)
     step = describe_step(experiment, parallel.build_mesh(experiment.mesh))
-    memory = step.lower().compile().memory_analysis()
+    memory = step.lower(keep_unused=True).compile().memory_analysis()
     # The step counter and the key: three words that no plan is made for.
     assert memory.argument_size_in_bytes - plan.argument_bytes == 12
     # XLA's order and fusions are its own; for a CPU the plan reads the CPU's branches.
