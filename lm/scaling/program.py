@@ -325,7 +325,8 @@ class _Walk:
     def _shards(self, equation: Any, reads: list[int]) -> list[int]:
         """Follows a body that is written for one device's shards along its manual axes."""
         params = equation.params
-        manual = params["manual_axes"]
+        # The name of this parameter differs between versions of jax.
+        manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         for read in reads:
             self._settle(read)
         inner = params["jaxpr"]
