@@ -179,7 +179,7 @@ class _Walk:
         if name in EXPLICIT:
             self._message(equation, operands, outs)
         if linear and (axes := next(iter(pending))):
-            self.partial[writes[0]] = axes
+            self._owe(writes[0], axes)
         if name in ("convert_element_type", "clamp", "copy") and reads:
             self.origin[writes[0]] = self.origin.get(reads[0], reads[0])
             chosen = next((self.branch[read] for read in reads if read in self.branch), None)

@@ -72,7 +72,8 @@ def test_gradients_are_scattered_to_their_parameters():
 
 def test_a_loop_costs_its_body_times_its_length():
     x, w = Value((8, 32), 4, (B, ())), Value((5, 32, 32), 4, ((), F, ()))
-    cost = _count(lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], x, w)
+    function = lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]  # noqa: E731
+    cost = _count(function, x, w, parameters={(32, 32): (F, ())})
     assert cost.collectives == {("all-gather", F): (5, 5 * 32 * 32 * 4)}
     assert cost.flops == 5 * 2 * 2 * 32 * 32
 
