@@ -1,8 +1,8 @@
-"""Scaling on paper: python -m benchmarks.scaling [--output=docs/scaling.png]
+"""Scaling on paper: python -m benchmarks.scaling [--picture=docs/scaling.png]
 
 Prints the tables of docs/scale.md (large runs, published figures beside the plan's, weak and strong scaling) and draws
 the curves, all from `lm.scaling.planner`: one trace of the real train step for each point, published speeds of chips
-and links, no device. Rewrites docs/scale.md between its markers with --update.
+and links, no device. Rewrites docs/scale.md between its markers with --update_document.
 """
 
 import os
@@ -12,8 +12,8 @@ import shlex
 
 from absl import app, flags
 
-_OUTPUT = flags.DEFINE_string("output", None, "The PNG to draw; none draws nothing.")
-_UPDATE = flags.DEFINE_bool("update", False, "Write the tables into docs/scale.md.")
+_PICTURE = flags.DEFINE_string("picture", None, "The PNG to draw; none draws nothing.")
+_UPDATE_DOCUMENT = flags.DEFINE_bool("update_document", False, "Write the tables into docs/scale.md.")
 
 DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "scale.md"
 LONG = "--config.model.attention.kernel=Chunked --config.loss.chunk=1024"
@@ -191,13 +191,13 @@ def main(_) -> None:
     }
     for rows in tables.values():
         print("\n".join(rows), end="\n\n")
-    if _UPDATE.value:
+    if _UPDATE_DOCUMENT.value:
         document = DOCUMENT.read_text(encoding="utf-8")
         for name, rows in tables.items():
             document = replace(document, name, rows)
         DOCUMENT.write_text(document, encoding="utf-8")
-    if _OUTPUT.value:
-        draw(found, pathlib.Path(_OUTPUT.value))
+    if _PICTURE.value:
+        draw(found, pathlib.Path(_PICTURE.value))
 
 
 if __name__ == "__main__":
