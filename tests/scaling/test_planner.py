@@ -16,7 +16,10 @@ from lm.scaling.step import abstract_mesh, describe_step
 from lm.scaling.suggestions import suggest
 
 V5P = HARDWARE["v5p"]
-NAMES = ["decoder on data", "decoder on fsdp x tensor", "encoder on fsdp", "encoder_decoder on fsdp", "experts on fsdp"]
+# Rows of all devices are sorted together by expert, for which XLA gathers them; in the plan each device sorts its own.
+GATHERED = pytest.mark.xfail(strict=True, reason="0.33 of XLA's: dropless experts are not yet placed by shard_map")
+NAMES = ["decoder on data", "decoder on fsdp x tensor", "encoder on fsdp", "encoder_decoder on fsdp"]
+NAMES = [*NAMES, pytest.param("experts on fsdp", marks=GATHERED)]
 
 
 @pytest.mark.parametrize("name", NAMES)
