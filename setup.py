@@ -35,6 +35,8 @@ setup(
         "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
         "tpu": ["jax[tpu]>=0.10.2,<0.12"],
         "test": TEST,
+        # Compiles for TPU topologies without a TPU (lm.plan --topology): the libtpu that jax pins, 213 MB, as on a TPU.
+        "aot": ["jax[tpu]>=0.10.2,<0.12"],
         # Reference implementations to compare with, never imported by lm itself.
         "oracle": ["torch==2.13.0", "transformers>=5"],
         # Coverage-guided fuzzing by hand, tests/fuzz.py.

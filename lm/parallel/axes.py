@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm.parallel.mesh import MESH_AXES, Pipeline
 
@@ -110,7 +110,7 @@ def spec(axes: tuple[str | None, ...], table: Mapping[str, tuple[str, ...]]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Scope:
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: Rules
     # Whether the code that is traced is that of one device, where arrays are parts and nothing is left to place.
     alone: bool = False
@@ -121,11 +121,15 @@ _SCOPES: list[_Scope | None] = []
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
-    """Makes `mesh` and `rules` the ones that `constrain` resolves names with, while tracing."""
+def use(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
+    """Makes `mesh` and `rules` the ones that `constrain` resolves names with, while tracing.
+
+    On an abstract mesh programs are traced and never run.
+    """
     _SCOPES.append(_Scope(mesh, rules))
+    abstract = isinstance(mesh, AbstractMesh)
     try:
-        with jax.set_mesh(mesh):
+        with jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh):
             yield
     finally:
         _SCOPES.pop()
@@ -156,7 +160,7 @@ def shapes_only() -> Iterator[None]:
         _SCOPES.pop()
 
 
-def current() -> tuple[Mesh, Rules]:
+def current() -> tuple[Mesh | AbstractMesh, Rules]:
     """Returns the mesh and rules in force.
 
     Raises:

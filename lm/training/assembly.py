@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from lm import parallel
 from lm.batch import Batch
@@ -42,7 +42,7 @@ class Assembly:
 
     Attributes:
       experiment: the resolved config.
-      mesh: over all devices.
+      mesh: over all devices; abstract for what is only planned.
       rules: the sharding table.
       tokenizer: turns text to ids and back.
       model: pure functions init, apply, logits.
@@ -51,7 +51,7 @@ class Assembly:
     """
 
     experiment: Experiment
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     rules: parallel.Rules
     tokenizer: Any
     model: Any
@@ -163,6 +163,20 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
         mesh = parallel.build_mesh(experiment.mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return describe(experiment, mesh, tokenizer)
+
+
+def describe(experiment: Experiment, mesh: Mesh | AbstractMesh, tokenizer: Any = None) -> Assembly:
+    """Builds the parts of a run for a mesh whose devices need not be here; allocates nothing.
+
+    Args:
+      experiment: the run.
+      mesh: where it would live; what is only planned lives on an abstract one, or on a topology's.
+      tokenizer: None for what is only planned.
+
+    Raises:
+      ConfigError: the mesh does not fit the model.
+    """
     rules = experiment.sharding.rules()
     check_attention(experiment, mesh)
     model = experiment.model.build()

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lm import parallel
 from lm.config import ConfigError
@@ -17,7 +17,7 @@ from lm.models.kernels import platform_problems
 from lm.training.state import Tree
 
 
-def check_shards(params: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) -> None:
+def check_shards(params: Tree, axes: Tree, mesh: Mesh | AbstractMesh, rules: parallel.Rules) -> None:
     """Checks that the mesh divides each axis of the parameters and of what belongs to them that it shards.
 
     Raises:
@@ -52,7 +52,7 @@ def check_shards(params: Tree, axes: Tree, mesh: Mesh, rules: parallel.Rules) ->
         )
 
 
-def check_replicated(params: Tree, axes: Tree, mesh: Mesh, sharding: parallel.Sharding) -> None:
+def check_replicated(params: Tree, axes: Tree, mesh: Mesh | AbstractMesh, sharding: parallel.Sharding) -> None:
     """Checks that no large parameter, or state of one, is whole on every device of a mesh that could divide it.
 
     Raises:
@@ -78,12 +78,12 @@ def check_replicated(params: Tree, axes: Tree, mesh: Mesh, sharding: parallel.Sh
         raise ConfigError("\n".join(found))
 
 
-def row_shards(mesh: Mesh) -> int:
+def row_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns over how many devices the rows of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in parallel.DEFAULT_RULES.activations["batch"])
 
 
-def check_batch_size(experiment: Experiment, mesh: Mesh) -> None:
+def check_batch_size(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     """Checks that each microbatch divides over the devices that read different rows, and rows over those that share.
 
     Raises:
@@ -113,13 +113,15 @@ def check_batch_size(experiment: Experiment, mesh: Mesh) -> None:
         raise ConfigError("\n".join(found))
 
 
-def check_attention(experiment: Experiment, mesh: Mesh) -> None:
+def check_attention(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     """Checks that the devices can run attention, and those along `context` divide it.
 
     Raises:
       ConfigError: they cannot; one line for each reason.
     """
-    found = platform_problems(experiment.model.attention.kernel, mesh.devices.flat[0].platform)
+    # What is only planned has no devices to ask.
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+    found = [] if platform is None else platform_problems(experiment.model.attention.kernel, platform)
     shards = mesh.shape["context"]
     lengths = {"sequence_length": experiment.data.sequence_length, "encoder_length": experiment.data.encoder_length}
     given = {name: length for name, length in lengths.items() if length is not None}

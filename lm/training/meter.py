@@ -24,7 +24,9 @@ class Meter:
     def __init__(self, config: Experiment, assembly: Assembly) -> None:
         """Starts measuring a run on the devices of its mesh."""
         self.step_flops = step_flops(config)
-        device = assembly.mesh.devices.flat[0]
+        devices = assembly.mesh.devices
+        assert devices is not None  # only what is planned has an abstract mesh
+        device = devices.flat[0]
         peak = peak_flops(device)
         self._peak = None if peak is None else peak * assembly.mesh.size
         self._skip_first = True

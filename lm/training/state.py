@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm import parallel
 from lm.optim import Bounds, state_axes
@@ -62,13 +62,13 @@ def init_state(
     )
 
 
-def shardings_of(arrays: Tree, axes: Tree, mesh: Mesh, table: Mapping[str, tuple[str, ...]]) -> Tree:
+def shardings_of(arrays: Tree, axes: Tree, mesh: Mesh | AbstractMesh, table: Mapping[str, tuple[str, ...]]) -> Tree:
     """Returns a NamedSharding for each leaf of `arrays` from its tuple of logical axis names in `axes`."""
     # Walk the arrays first: axes are tuples, and so are the containers of an optimizer's state.
     return jax.tree.map(lambda _, names: NamedSharding(mesh, parallel.spec(names, table)), arrays, axes)
 
 
-def state_shardings(model: Any, shapes: TrainState, mesh: Mesh, rules: parallel.Rules) -> TrainState:
+def state_shardings(model: Any, shapes: TrainState, mesh: Mesh | AbstractMesh, rules: parallel.Rules) -> TrainState:
     """Returns the NamedSharding of every leaf of the state, optimizer state and average by rows of their own.
 
     Args:

@@ -1,0 +1,1 @@
+"""What a run needs, before it is run: memory, operations, communication and time on named hardware."""

@@ -1,0 +1,228 @@
+"""The train step compiled for devices that are not here, and what XLA says of it: memory, operations, collectives.
+
+Owns virtual CPU devices, TPU topologies and the reading of compiled text. Knows no hardware figures. Law: a
+collective in the body of a loop counts as often as the loop runs.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lm import parallel
+from lm.config import ConfigError
+from lm.experiment import Experiment
+from lm.scaling.step import describe_step
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf"=\s+(\(.*?\)|\S+)\s+({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:calls|body|true_computation|false_computation|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+_ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
+_ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+
+# Names of TPU topologies: the kind and how many dimensions its torus has.
+DIMENSIONS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of a TPU pod.
+
+    Attributes:
+      name: as libtpu calls it, such as "v5p:4x4x4".
+      hardware: the kind of chip, a key of `lm.parallel.hardware.HARDWARE`.
+      num_devices: number of jax devices.
+    """
+
+    name: str
+    hardware: str
+    num_devices: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What XLA says of a compiled step, of each device.
+
+    Attributes:
+      argument_bytes: state and batch.
+      output_bytes: new state and metrics.
+      alias_bytes: outputs that take the place of arguments.
+      temporary_bytes: what the step needs for a time.
+      flops: XLA's count of operations; the body of a loop counts once.
+      collectives: by kind: how many, loops counted as often as they run, and the bytes of their results.
+      seconds: that lowering and compiling took.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    alias_bytes: int
+    temporary_bytes: int
+    flops: float
+    collectives: dict[str, tuple[int, int]]
+    seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory at its fullest: arguments, temporaries, and outputs that take no argument's place."""
+        return self.argument_bytes + self.temporary_bytes + self.output_bytes - self.alias_bytes
+
+
+def parse_topology(name: str) -> Topology:
+    """Reads the name of a TPU topology, such as "v5p:4x4x4".
+
+    Raises:
+      ConfigError: no such kind, or the wrong number of dimensions.
+    """
+    kind, _, shape = name.partition(":")
+    known = ", ".join(f"{kind}:{'x'.join('4' * count)}" for kind, count in DIMENSIONS.items())
+    sides = shape.split("x")
+    if kind not in DIMENSIONS or not all(side.isdigit() and int(side) for side in sides):
+        raise ConfigError(f"--topology={name} is no TPU topology; they look like {known}")
+    if len(sides) != DIMENSIONS[kind]:
+        raise ConfigError(
+            f"--topology={name}: {kind} has {DIMENSIONS[kind]} dimensions, not {len(sides)} (as in {known})"
+        )
+    return Topology(name, kind, math.prod(int(side) for side in sides))
+
+
+def topology_mesh(config: parallel.MeshConfig, topology: Topology) -> Mesh:
+    """Builds the mesh of a config over the chips of a TPU slice that is not here.
+
+    Raises:
+      ConfigError: libtpu is not installed, knows no such topology, or the mesh does not fit it.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("--topology compiles for TPUs with libtpu, which is not installed: pip install 'lm[aot]'")
+    # Without these, libtpu asks the cloud for the machine's TPUs and waits for an answer.
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    for key, value in settings.items():
+        os.environ.setdefault(key, value)
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"--topology={topology.name} does not exist for libtpu: {reason}") from error
+    return _mesh(config, devices)
+
+
+def virtual_mesh(config: parallel.MeshConfig, num_devices: int) -> Mesh:
+    """Builds the mesh of a config over virtual CPU devices; to be called before jax starts any.
+
+    Raises:
+      ConfigError: jax has started others, or the mesh does not fit them.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", num_devices)
+    except RuntimeError as error:
+        if len(jax.devices("cpu")) < num_devices:
+            raise ConfigError(f"--compile: jax has already started {len(jax.devices('cpu'))} devices") from error
+    return _mesh(config, jax.devices("cpu")[:num_devices])
+
+
+def _mesh(config: parallel.MeshConfig, devices: Any) -> Mesh:
+    try:
+        return parallel.build_mesh(config, devices)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def compile_step(experiment: Experiment, mesh: Mesh) -> Compiled:
+    """Compiles the train step of a run for a mesh and returns what XLA says of it.
+
+    Raises:
+      ConfigError: the mesh does not fit the run, or the compiler says that the step does not fit the memory.
+    """
+    step = describe_step(experiment, mesh)
+    start = time.perf_counter()
+    try:
+        compiled = step.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ConfigError(f"XLA: the step does not fit: {str(error).partition(chr(10))[0]}") from error
+    seconds = time.perf_counter() - start
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    return Compiled(
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        flops=float(costs.get("flops", math.nan)),
+        collectives=read_collectives(compiled.as_text()),
+        seconds=seconds,
+    )
+
+
+def read_collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Counts the collectives of a compiled program, those in loops as often as the loops run.
+
+    Returns:
+      By kind: how many, and the bytes of their results on each device. Scalars are among them.
+    """
+    bodies, entry = _computations(text)
+    found: dict[str, tuple[int, int]] = {}
+
+    def visit(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            match = _COLLECTIVE.search(line)
+            if match:
+                count, size = found.get(match[2], (0, 0))
+                found[match[2]] = (count + times, size + times * _result_bytes(match[1], bool(match[3])))
+            trips = _trips(line, bodies) if " while(" in line else 1
+            # The function that a reduction applies has no collectives, but visiting it costs nothing.
+            for called in _called(line):
+                visit(called, times * trips)
+
+    visit(entry, 1)
+    return dict(sorted(found.items()))
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """Returns how often a loop runs: as it says, or else the number that its condition compares with."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = _CONDITION.search(line)
+    limits = [int(n) for text in bodies.get(condition[1], ()) for n in _LIMIT.findall(text)] if condition else []
+    return max(limits, default=1)
+
+
+def _called(line: str) -> Iterator[str]:
+    yield from _CALLED.findall(line)
+    for group in _BRANCHES.findall(line):
+        yield from re.findall(r"%?([\w.\-]+)", group)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Splits the text of a program into the lines of its computations; returns them and the entry's name."""
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if (head := _COMPUTATION.match(line)) is not None:
+            current = bodies.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None:
+            current.append(line)
+    return bodies, entry
+
+
+def _result_bytes(shape: str, started: bool) -> int:
+    """Returns the bytes of a result; one that is only started also names its operands: the largest counts."""
+    arrays = [(kind, [int(n) for n in dims.split(",") if n]) for kind, dims in _ARRAY.findall(shape)]
+    sizes = [_ITEMSIZE.get(kind, 4) * math.prod(dims) for kind, dims in arrays]
+    return max(sizes, default=0) if started and shape.startswith("(") else sum(sizes)
