@@ -161,3 +161,11 @@ class SpecialTokens:
     fim: tuple[int, ...] = ()
     sop: int | None = None
     eop: int | None = None
+
+    def find(self, name: str) -> int | None:
+        """Returns the id of a token by its name, "eos", or, where a field holds several, "sentinels[0]"; or None."""
+        field, _, place = name.rstrip("]").partition("[")
+        found = getattr(self, field)
+        if not place:
+            return found
+        return found[int(place)] if int(place) < len(found) else None

@@ -87,33 +87,38 @@ class Context:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The special tokens, by name, around what a trained model is asked to continue, and where its answer stands.
+    """The special tokens around what a trained model is asked to continue or to fill in, and where its answer stands.
 
-    The source is the mode, `before`, the text, `after`. One stack reads `start`, the source, `answer`. With two, the
-    encoder reads the source, and the decoder begins with `start`, `answer`.
+    The source is `before`, the text, `between`, the suffix (empty if the text is to be continued), `after`. One stack
+    reads `start`, the source, `answer`. With two, the encoder reads the source, and the decoder begins with `start`,
+    `answer`. Tokens have the names that `SpecialTokens.find` knows.
 
     Attributes:
       start: the decoder's first input, where that is not the source's first token.
       before: at the beginning of a source.
-      after: behind the text.
+      between: mark the gap between the text and the suffix; None where sources have no gap to fill in.
+      after: at the end of a source.
       answer: at the beginning of a target.
-      end: ends a target.
+      end: each of them ends a target.
+      suffix_first: whether text and suffix change places.
       bidirectional: whether a single stack sees the source both ways.
       strides: how far (position, second position) of each token of the answer are from those of the token before it:
-        along the text, or inside the blank that the source's last token marks (GLM).
-      modes: which of `lm.batch.MODES` a source can be announced by; empty where sources have no mode token.
-      mode: the one that announces the source; one of `modes`, None only if there are none.
+        along the text, or inside the blank that the gap is (GLM).
+      mode: which of `lm.batch.MODES` announces the source, by the first token of `before`; None if there is none.
+      others: further frames of the same objective's examples, in order of preference.
     """
 
     start: tuple[str, ...] = ("bos",)
     before: tuple[str, ...] = ()
+    between: tuple[str, ...] | None = None
     after: tuple[str, ...] = ()
     answer: tuple[str, ...] = ()
-    end: str = "eos"
+    end: tuple[str, ...] = ("eos",)
+    suffix_first: bool = False
     bidirectional: bool = False
     strides: tuple[int, int] = (1, 0)
-    modes: tuple[str, ...] = ()
     mode: str | None = None
+    others: "tuple[Frame, ...]" = ()
 
 
 # Text alone, as a causal model reads it.

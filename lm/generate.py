@@ -1,7 +1,8 @@
 """Continues prompts with a trained run: python -m lm.generate --workdir=runs/quickstart --prompt="Once upon"
 
 One prompt is written as its text is made; several (or several samples) are made in batches. Prompts
-are also read from a file, or from standard input with --prompt_file=-, one a line.
+are also read from a file, or from standard input with --prompt_file=-, one a line. With --suffix a run that was
+trained to (fill-in-the-middle, span corruption, GLM) fills in what stands between prompt and suffix.
 """
 
 import sys
@@ -14,6 +15,7 @@ from lm.config import ConfigError
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _STEP = flags.DEFINE_integer("step", None, "Which checkpoint (default: the newest).")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be given several times.")
+_SUFFIX = flags.DEFINE_string("suffix", None, "Text to fill in before: what is made stands between prompt and suffix.")
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "File with one prompt a line; - is standard input.")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Continuations of each prompt.", lower_bound=1)
 _MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Most tokens to make (default: what fits, up to 256).")
@@ -49,23 +51,25 @@ def main(_: list[str]) -> int:
     if problems := sampling.problems():
         raise ConfigError("; ".join(f"--{problem}" for problem in problems))
     run = load_run(_WORKDIR.value, _STEP.value)
-    frame = choose_frame(run.experiment.objective.traits, _COMPONENT.value, _MODE.value)
-    most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, frame)
+    traits, suffix = run.experiment.objective.traits, _SUFFIX.value or ""
+    frame = choose_frame(traits, _COMPONENT.value, _MODE.value, fill_in=_SUFFIX.value is not None)
+    most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, frame, suffix)
     most = most if _MAX_TOKENS.value is None else _MAX_TOKENS.value
     decoder = build_decoder(run.model, run.tokenizer, frame, sampling, most)
     with run.assembly.placed():
         if len(prompts) == 1:
-            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], seed=_SEED.value, frame=frame)
+            settings = {"seed": _SEED.value, "frame": frame, "suffix": suffix}
+            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], **settings)
             # The first piece is made before anything is printed: a prompt that is too long is refused there.
             print(prompts[0] + next(pieces), end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)
-            print()
+            print(suffix)
             return 0
-        settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value, "frame": frame}
+        settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value, "frame": frame, "suffix": suffix}
         completed = complete_texts(decoder, run.params, run.tokenizer, prompts, **settings)
         for i, (text, continuation) in enumerate(zip(prompts, completed, strict=True)):
-            print(f"--- {i + 1} of {len(prompts)}\n{text}{continuation}", flush=True)
+            print(f"--- {i + 1} of {len(prompts)}\n{text}{continuation}{suffix}", flush=True)
     return 0
 
 

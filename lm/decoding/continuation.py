@@ -4,7 +4,6 @@ Knows a tokenizer and a decoder, no file and no terminal. Law: the continuation 
 alone, in a batch, at once or streamed.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,16 +19,19 @@ from lm.decoding.text import TextStream
 from lm.document import PLAIN, Frame, Traits, Vocabulary
 
 
-def choose_frame(traits: Traits, component: str | None = None, mode: str | None = None) -> Frame:
+def choose_frame(
+    traits: Traits, component: str | None = None, mode: str | None = None, *, fill_in: bool = False
+) -> Frame:
     """Returns how prompts are laid out for a model that was trained by an objective with these traits.
 
     Args:
       traits: of the objective.
-      component: which component of a mixture to prompt as; None is the first that generates.
+      component: which component of a mixture to prompt as; None is the first that will do.
       mode: which of UL2's modes announces the prompt; None is the objective's own choice.
+      fill_in: whether the answer is to be followed by a suffix.
 
     Raises:
-      DecodingError: the objective does not generate, or has no such component or mode.
+      DecodingError: the objective does not generate, has no such component or mode, or does not fill in.
     """
     frames = dict(traits.frames)
     if not traits.autoregressive and not frames:
@@ -37,13 +39,20 @@ def choose_frame(traits: Traits, component: str | None = None, mode: str | None 
     if component is not None and component not in frames:
         there = f"those that generate are {', '.join(frames)}" if frames else "it is no mixture of objectives"
         raise DecodingError(f"the run's objective has no component {component!r} to prompt as; {there}")
-    frame = traits.frame if component is None else frames[component]
-    if mode is None:
-        return frame
-    if mode not in frame.modes:
-        there = f"there are {', '.join(frame.modes)}" if frame.modes else "no mode token announced its examples"
-        raise DecodingError(f"the run's objective has no mode {mode!r} to prompt in; {there}")
-    return dataclasses.replace(frame, mode=mode)
+    roots = [traits.frame, *frames.values()] if component is None else [frames[component]]
+    found = [frame for root in roots for frame in (root, *root.others)]
+    if mode is not None:
+        modes = [known for known in MODES if known in {frame.mode for frame in found}]
+        found = [frame for frame in found if frame.mode == mode]
+        if not found:
+            there = f"there are {', '.join(modes)}" if modes else "no mode token announced its examples"
+            raise DecodingError(f"the run's objective has no mode {mode!r} to prompt in; {there}")
+    if fill_in:
+        found = [frame for frame in found if frame.between is not None]
+        if not found:
+            asked = "" if mode is None else f" in mode {mode!r}"
+            raise DecodingError(f"the run's objective never fills in before a suffix{asked}: give a prompt alone")
+    return found[0]
 
 
 def build_decoder(
@@ -56,8 +65,8 @@ def build_decoder(
     """
     if model.config.decoder_depth == 0:
         raise DecodingError("this model has no decoder, so it cannot generate; use a Decoder or an EncoderDecoder")
-    end = getattr(vocabulary.specials, frame.end)
-    stop_ids = () if end is None else (end,)
+    ends = (vocabulary.specials.find(name) for name in frame.end)
+    stop_ids = tuple(end for end in ends if end is not None)
     others = np.setdiff1d(np.flatnonzero(vocabulary.token_bytes == 0), stop_ids)
     return Decoder(
         model=model,
@@ -73,7 +82,12 @@ def build_decoder(
 
 
 def encode_prompts(
-    model: Any, vocabulary: Vocabulary, texts: Sequence[str], rows: Sequence[int], frame: Frame = PLAIN
+    model: Any,
+    vocabulary: Vocabulary,
+    texts: Sequence[str],
+    rows: Sequence[int],
+    frame: Frame = PLAIN,
+    suffix: str = "",
 ) -> Prompts:
     """Encodes prompts with the special tokens around them that training had; the encoder, if any, reads the text.
 
@@ -85,41 +99,40 @@ def encode_prompts(
       texts: one prompt each; may be empty.
       rows: keys of their randomness.
       frame: of the objective that the model was trained by.
+      suffix: what follows the gap after each text; needs a frame that fills in.
 
     Raises:
-      DecodingError: no texts, or the tokenizer lacks a special token that is needed.
+      DecodingError: no texts, the tokenizer lacks a special token that is needed, or the frame has no gap.
     """
-    specials = vocabulary.specials
-    start, before, after, answer = (
-        _ids(specials, names) for names in (frame.start, frame.before, frame.after, frame.answer)
+    if suffix and frame.between is None:
+        raise DecodingError("a frame without a gap has no place for a suffix; choose one that fills in")
+    start, before, between, after, answer = (
+        _ids(vocabulary.specials, names)
+        for names in (frame.start, frame.before, frame.between or (), frame.after, frame.answer)
     )
-    before = _mode_ids(specials, frame.mode) + before
     mesh, rules = parallel.current()
     shards = math.prod(mesh.shape[axis] for axis in rules.activations["batch"])
     extra = -len(texts) % shards
     texts, rows = [*texts, *[texts[-1]] * extra], [*rows, *[rows[-1]] * extra]
-    sources = [np.concatenate([before, vocabulary.encode(text), after]).astype(np.int32) for text in texts]
+    behind = vocabulary.encode(suffix)
+    pairs = [(vocabulary.encode(text), behind) for text in texts]
+    if frame.suffix_first:
+        pairs = [(second, first) for first, second in pairs]
+    sources = [np.concatenate([before, a, between, b, after]).astype(np.int32) for a, b in pairs]
     if model.config.encoder_depth == 0:
         whole = [np.concatenate([start, source, answer]) for source in sources]
-        return pad_prompts(whole, rows=rows, num_answer=len(answer))
+        gaps = np.array([len(start) + len(before) + len(a) for a, _ in pairs], np.int32)
+        return pad_prompts(whole, rows=rows, num_answer=len(answer))._replace(gaps=gaps)
     return pad_prompts([start + answer] * len(texts), encoder_prompts=sources, rows=rows, smallest=1)
 
 
 def _ids(specials: SpecialTokens, names: Sequence[str]) -> list[int]:
     """Returns the ids of special tokens by their names."""
-    for name in names:
-        if getattr(specials, name) is None:
+    found = {name: specials.find(name) for name in names}
+    for name, token in found.items():
+        if token is None:
             raise DecodingError(f"the tokenizer has no {name!r} token to put around a prompt, as training did")
-    return [getattr(specials, name) for name in names]
-
-
-def _mode_ids(specials: SpecialTokens, mode: str | None) -> list[int]:
-    """Returns the id of the mode's token, in a list; nothing for no mode."""
-    if mode is None:
-        return []
-    if len(specials.modes) < len(MODES):
-        raise DecodingError(f"the tokenizer has no token for the mode {mode!r} to put before a prompt, as training did")
-    return [specials.modes[MODES.index(mode)]]
+    return [token for token in found.values() if token is not None]
 
 
 def _text_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
@@ -136,9 +149,10 @@ def stream_text(
     row: int = 0,
     seed: int = 0,
     frame: Frame = PLAIN,
+    suffix: str = "",
 ) -> Iterator[str]:
-    """Yields the continuation of `text` in pieces of whole characters, as they are made."""
-    prompts = encode_prompts(decoder.model, vocabulary, [text], [row], frame)
+    """Yields what continues `text`, up to the suffix, in pieces of whole characters, as they are made."""
+    prompts = encode_prompts(decoder.model, vocabulary, [text], [row], frame, suffix)
     written = TextStream(vocabulary.decode)
     for tokens in decoder.stream(params, prompts, seed):
         yield written.push(_text_of(decoder, tokens[0]))
@@ -154,19 +168,23 @@ def complete_texts(
     batch_size: int = 16,
     seed: int = 0,
     frame: Frame = PLAIN,
+    suffix: str = "",
 ) -> Iterator[str]:
-    """Yields the continuation of each text, in order; text i has the randomness of row i."""
+    """Yields what continues each text, up to the suffix, in order; text i has the randomness of row i."""
     for start in range(0, len(texts), batch_size):
         batch = texts[start : start + batch_size]
-        prompts = encode_prompts(decoder.model, vocabulary, batch, range(start, start + len(batch)), frame)
+        prompts = encode_prompts(decoder.model, vocabulary, batch, range(start, start + len(batch)), frame, suffix)
         made = decoder.generate(params, prompts, seed)
         for i in range(len(batch)):
             yield vocabulary.decode(_text_of(decoder, made.row(i)))
 
 
-def fit_max_tokens(model: Any, vocabulary: Vocabulary, texts: Sequence[str], most: int, frame: Frame = PLAIN) -> int:
+def fit_max_tokens(
+    model: Any, vocabulary: Vocabulary, texts: Sequence[str], most: int, frame: Frame = PLAIN, suffix: str = ""
+) -> int:
     """Returns how many tokens can be made for each text within the model's max_length: 1 to `most`."""
-    around = len(frame.before) + len(frame.after) + len(frame.modes[:1]) + len(frame.start + frame.answer) - 1
+    marks = (*frame.start, *frame.before, *(frame.between or ()), *frame.after, *frame.answer)
+    around = len(marks) + len(vocabulary.encode(suffix)) - 1
     longest = 0 if model.config.encoder_depth else around + max(len(vocabulary.encode(text)) for text in texts)
     room = model.config.max_length - longest
     if frame.strides[1]:

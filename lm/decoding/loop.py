@@ -29,6 +29,7 @@ class State(NamedTuple):
       step: i32[], how many tokens each unfinished row has.
       places: i32[B], place of each row's next token, counted from its first.
       sources: i32[B], as in `Prompts`.
+      gaps: i32[B], as in `Prompts`.
       done: bool[B], whether the row has made a stop token.
       tokens: i32[B, M], what was made; 0 beyond `lengths`.
       log_probs: f32[B, M], log-probability of each under the model itself (temperature 1, nothing cut).
@@ -41,6 +42,7 @@ class State(NamedTuple):
     step: Any
     places: Any
     sources: Any
+    gaps: Any
     done: Any
     tokens: Any
     log_probs: Any
@@ -99,7 +101,8 @@ class Decoder:
         num_rows, length = prompts.tokens.shape
         segment_ids, positions = _padded(prompts.tokens, prompts.lengths)
         sources = prompts.lengths if prompts.sources is None else prompts.sources
-        batch = self._batch(prompts.tokens, segment_ids, positions, sources)
+        gaps = sources - 1 if prompts.gaps is None else prompts.gaps
+        batch = self._batch(prompts.tokens, segment_ids, positions, sources, gaps)
         if prompts.encoder_tokens is not None and prompts.encoder_lengths is not None:
             encoder_segment_ids, encoder_positions = _padded(prompts.encoder_tokens, prompts.encoder_lengths)
             batch = batch._replace(
@@ -117,6 +120,7 @@ class Decoder:
             step=jnp.int32(0),
             places=prompts.lengths,
             sources=sources,
+            gaps=gaps,
             done=jnp.zeros((num_rows,), bool),
             tokens=jnp.zeros((num_rows, self.max_tokens), jnp.int32),
             log_probs=jnp.zeros((num_rows, self.max_tokens), jnp.float32),
@@ -136,13 +140,15 @@ class Decoder:
             last_B1 = jax.lax.dynamic_slice_in_dim(state.tokens, state.step - 1, 1, axis=1)
             # A finished row is padding from now on: it reads nothing and nothing reads it.
             segment_ids = (~state.done).astype(jnp.int32)[:, None]
-            batch = self._batch(last_B1, segment_ids, (state.places - 1)[:, None], state.sources)
+            batch = self._batch(last_B1, segment_ids, (state.places - 1)[:, None], state.sources, state.gaps)
             output = self.model.apply(params, batch, cache=state.cache, with_logits=False)
             return self._append(params, state._replace(cache=output.cache), output.hidden)
 
         return jax.lax.while_loop(is_unfinished, make_one, state)
 
-    def _batch(self, tokens: jax.Array, segment_ids: jax.Array, places: jax.Array, sources: jax.Array) -> Batch:
+    def _batch(
+        self, tokens: jax.Array, segment_ids: jax.Array, places: jax.Array, sources: jax.Array, gaps: jax.Array
+    ) -> Batch:
         """Returns a batch of which nothing is to be predicted.
 
         Args:
@@ -150,16 +156,19 @@ class Decoder:
           segment_ids: i32[B, T].
           places: i32[B, T], counted from the first token of the row.
           sources: i32[B], as in `Prompts`.
+          gaps: i32[B], as in `Prompts`.
         """
         # How far into the answer: 0 in the source, whose places are its positions.
         inside = jnp.maximum(places - (sources - 1)[:, None], 0)
         stride, second_stride = self.strides
+        # On from the source's end, or all at the gap.
+        answers = stride * places + (1 - stride) * gaps[:, None]
         return Batch(
             inputs=tokens,
             targets=jnp.zeros_like(tokens),
             weights=jnp.zeros(tokens.shape, jnp.float32),
             segment_ids=segment_ids,
-            positions=places - inside + stride * inside,
+            positions=jnp.where(inside > 0, answers, places),
             bidirectional=(inside == 0) & self.bidirectional_prompt,
             block_positions=second_stride * inside,
         )

@@ -27,6 +27,7 @@ class Prompts(NamedTuple):
       encoder_tokens: i32[B, S], what an encoder reads, or None.
       encoder_lengths: i32[B] or None.
       sources: i32[B], how many of a prompt's tokens are source; the rest begins the answer. None is all of them.
+      gaps: i32[B], place of the token that marks where the answer belongs. None is the last of the source.
     """
 
     tokens: Array
@@ -35,6 +36,7 @@ class Prompts(NamedTuple):
     encoder_tokens: Array | None = None
     encoder_lengths: Array | None = None
     sources: Array | None = None
+    gaps: Array | None = None
 
 
 def bucket_length(length: int, smallest: int = 16) -> int:

@@ -32,11 +32,12 @@ class Yardstick(NamedTuple):
 class Continuation:
     """Scores each token after those before it, by the chain rule: two stacks.
 
-    A document is cut into decoder rows. The encoder reads what comes right before the piece, as much as fits, and
-    eos; before the first piece there is nothing, so its source is eos alone. The document's eos is scored too.
+    A document is cut into decoder rows. The encoder reads what comes right before the piece, as much as fits, a mode
+    token before it, if any, the mark of the gap behind it, if any, and eos; before the first piece there is nothing.
+    The document's eos is scored too.
 
     Attributes:
-      frame: the special tokens around sources and before targets in training.
+      frame: the special tokens in sources and before targets in training.
     """
 
     frame: Frame = PLAIN
@@ -46,18 +47,23 @@ class Continuation:
         """Two stacks."""
         return Traits(layouts=frozenset({"encoder_decoder"}))
 
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The special tokens at the end of a source; eos always, so that none is empty."""
+        return (*(self.frame.between or ()), "eos")
+
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each piece of the document; none for an empty document."""
         if len(document.tokens) == 0:
             return []
         specials = context.vocabulary.specials
-        named = (self.frame.start, self.frame.before, self.frame.answer, ("eos",))
-        start, before, answer, eos = ([special(specials, name) for name in names] for names in named)
-        room = (context.lengths.encoder or 1) - 1 - len(before)
-        stream = np.concatenate([document.tokens, eos]).astype(np.int32)
+        named = (self.frame.start, self.frame.before, self.after, self.frame.answer)
+        start, before, after, answer = ([special(specials, name) for name in names] for names in named)
+        room = (context.lengths.encoder or 1) - len(before) - len(after)
+        stream = np.append(document.tokens, special(specials, "eos")).astype(np.int32)
         examples, done = [], 0
         for piece in cut(stream, context.lengths.tokens - len(answer)):
-            source = np.concatenate([before, stream[max(0, done - room) : done], eos]).astype(np.int32)
+            source = np.concatenate([before, stream[max(0, done - room) : done], after]).astype(np.int32)
             target = np.concatenate([answer, piece]).astype(np.int32)
             inputs = np.concatenate([start, target[:-1]]).astype(np.int32)
             weights = (np.arange(len(target)) >= len(answer)).astype(np.float32)
@@ -67,7 +73,7 @@ class Continuation:
 
     def problems(self, specials: SpecialTokens, lengths: Lengths) -> list[str]:
         """Returns what cannot work in these settings."""
-        needed = {*self.frame.start, *self.frame.before, *self.frame.answer, "eos"}
+        needed = {*self.frame.start, *self.frame.before, *self.after, *self.frame.answer}
         return find_missing(specials, *sorted(needed)) + ([] if lengths.encoder else ["lengths.encoder must be set"])
 
 

@@ -81,7 +81,7 @@ def flops_per_token(config: "Transformer", parameters: Any, length: int, encoder
     both = config.encoder_depth > 0 and config.decoder_depth > 0
     main = "decoder" if config.decoder_depth else "encoder"
     forward = 2 * matrix_parameters(config, parameters, (f"{main}/", "head/", "classifier/"))
-    if config.tied_embeddings:
+    if config.tied_embeddings and config.predicts_tokens:
         forward += 2 * config.vocab_size * config.embedding_width
     depth = config.decoder_depth or config.encoder_depth
     forward += attention_flops(config, depth, length, causal=config.decoder_depth > 0)

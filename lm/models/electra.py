@@ -26,6 +26,17 @@ GENERATOR, SAMPLES, DISCRIMINATOR = 1, 2, 3
 
 @document_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Discriminator(Encoder):
+    """Settings of the encoder that is kept: it says of each token whether it was replaced, and predicts none."""
+
+    @property
+    def predicts_tokens(self) -> bool:
+        """Whether there is a head that predicts tokens."""
+        return False
+
+
+@document_fields
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Electra(Encoder):
     """Settings of ELECTRA (Clark et al. 2020): those of the discriminator, and how the generator differs.
 
@@ -49,29 +60,32 @@ class Electra(Encoder):
         return True
 
     @property
-    def discriminator(self) -> Encoder:
+    def discriminator(self) -> Discriminator:
         """The encoder that is kept, with one class for each position: replaced."""
-        names = [field.name for field in dataclasses.fields(Encoder)]
-        settings = {name: getattr(self, name) for name in names}
-        return Encoder(**settings | {"num_classes": 1, "classifier_activation": "gelu"})
+        return Discriminator(**self._shared | {"num_classes": 1, "classifier_activation": "gelu"})
 
     @property
     def generator(self) -> Encoder:
         """The small masked language model."""
         width = self.embedding_width
-        return dataclasses.replace(
-            self.discriminator,
-            num_classes=0,
-            model_dim=self.generator_dim,
-            num_heads=self.generator_heads,
-            num_kv_heads=None,
-            head_dim=None,
-            mlp_dim=self.generator_mlp_dim,
-            num_layers=self.generator_layers,
-            embedding_dim=None if self.generator_dim == width else width,
-            head_transform=self.head_transform or HeadTransform(),
-            head_bias=True,
-        )
+        settings = {
+            "num_classes": 0,
+            "model_dim": self.generator_dim,
+            "num_heads": self.generator_heads,
+            "num_kv_heads": None,
+            "head_dim": None,
+            "mlp_dim": self.generator_mlp_dim,
+            "num_layers": self.generator_layers,
+            "embedding_dim": None if self.generator_dim == width else width,
+            "head_transform": self.head_transform or HeadTransform(),
+            "head_bias": True,
+        }
+        return Encoder(**self._shared | settings)
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        """The settings that the two have in common, by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Encoder)}
 
     def build(self) -> "ElectraModel":
         """Returns the pair.
@@ -97,7 +111,7 @@ class Electra(Encoder):
             if getattr(self, name) < 1
         ]
         problems = problems or self.generator.problems()
-        return list(dict.fromkeys([*super().problems(), *problems]))
+        return list(dict.fromkeys([*self.discriminator.problems(), *problems]))
 
 
 @dataclasses.dataclass(frozen=True)

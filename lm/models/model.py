@@ -31,7 +31,7 @@ class Output(NamedTuple):
 
     Attributes:
       hidden: [B, T, D] in the compute dtype, what `Model.logits` turns into logits.
-      logits: f32[B, T, V], or None if they were not wanted.
+      logits: f32[B, T, V], or None if they were not wanted or the model has no head that makes them.
       losses: the model's own losses (of routers, of labels), times their coefficients; each is to be divided by its
         weight and added to the objective's.
       metrics: what is worth logging.
@@ -145,6 +145,7 @@ class Model:
             losses["labels"], metrics["label_accuracy"] = label_sums(self.class_logits(params, hidden_BTD), batch)
         if cache is not None:
             cache = {**cache, "layers": layers, "index": cache["index"] + batch.inputs.shape[1]}
+        with_logits = with_logits and self.config.predicts_tokens
         logits_BTV = self.logits(params, hidden_BTD) if with_logits else None
         return Output(hidden_BTD, logits_BTV, losses, metrics, cache, {**encoder_statistics, **statistics})
 

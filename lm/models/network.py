@@ -121,7 +121,7 @@ class Network(nn.Module):
             cross/...                                 as attention
             mlp/{gate, up [D, F], down [F, D]}
           final_norm
-        head/{dense [D, D], norm, projection [D, V], bias [V]}
+        head/{dense [D, D], norm, projection [D, V], bias [V]}       not in ELECTRA's discriminator
         classifier/{pooler [D, D], projection [D, classes]}
 
     A norm's name is that of its branch where it stands before the branch or after the sum, and ends in
@@ -142,7 +142,8 @@ class Network(nn.Module):
             self.encoder = Tower(config, config.encoder_depth, causal=False)
         if config.decoder_depth:
             self.decoder = Tower(config, config.decoder_depth, causal=True, cross=config.encoder_depth > 0)
-        self.head = Head(config)
+        if config.predicts_tokens:
+            self.head = Head(config)
         if config.num_classes:
             self.classifier = Classifier(config)
 
@@ -178,7 +179,7 @@ class Network(nn.Module):
         hidden_BTD, _, _, _ = self(inputs, context, None)
         if self.config.num_classes:
             self.class_logits(hidden_BTD)
-        return self.logits(hidden_BTD)
+        return self.logits(hidden_BTD) if self.config.predicts_tokens else hidden_BTD
 
 
 def main_inputs(batch: Batch) -> Inputs:

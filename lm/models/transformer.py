@@ -163,6 +163,11 @@ class Transformer:
         return False
 
     @property
+    def predicts_tokens(self) -> bool:
+        """Whether there is a head that predicts tokens."""
+        return True
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Sizes of the letters in equations of weights."""
         return {
@@ -283,7 +288,7 @@ class Transformer:
         ]
         if problems:
             return problems
-        if self.embedding_dim is not None and self.head_transform is None:
+        if self.embedding_dim is not None and self.head_transform is None and self.predicts_tokens:
             problems.append(
                 "config.model.embedding_dim: the head must bring the model's width back to the embedding's; set"
                 " head_transform"

@@ -26,7 +26,7 @@ def special(specials: SpecialTokens, name: str) -> int:
     Raises:
       ValueError: if the tokenizer lacks it, where `problems` was not asked before.
     """
-    token = getattr(specials, name)
+    token = specials.find(name)
     if token is None:
         raise ValueError(find_missing(specials, name)[0])
     return token
@@ -37,7 +37,7 @@ def find_missing(specials: SpecialTokens, *names: str) -> list[str]:
     return [
         f"the tokenizer has no {name!r} token, which this objective needs: add it to the tokenizer's special tokens"
         for name in names
-        if getattr(specials, name) is None
+        if specials.find(name) is None
     ]
 
 

@@ -15,8 +15,11 @@ from typing import Literal
 import numpy as np
 
 from lm.batch import Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits, Vocabulary, cut, find_missing, special
+from lm.objectives.base import CORRUPTION, Context, Frame, Traits, Vocabulary, cut, find_missing, special
 
+# How texts are laid out whose middle is to be filled in.
+PSM = Frame(before=("fim[0]",), between=("fim[1]",), after=("fim[2]",))
+SPM = Frame(before=("fim[0]", "fim[1]"), between=("fim[2]",), suffix_first=True)
 # The tokens that a transformed piece has beside its text: prefix, suffix and middle marks, and eos.
 MARKS = 4
 
@@ -44,8 +47,11 @@ class FillInTheMiddle:
 
     @property
     def traits(self) -> Traits:
-        """One causal stack."""
-        return Traits(layouts=frozenset({"decoder"}))
+        """One causal stack; prompts are as they come where such texts were trained on."""
+        plain = [Frame()] if self.rate < 1 else []
+        moved = [PSM if self.spm_rate < 1 else SPM] if self.rate > 0 else []
+        frame, *others = plain + moved
+        return Traits(layouts=frozenset({"decoder"}), frame=dataclasses.replace(frame, others=tuple(others)))
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns the document's pieces; none for an empty document."""

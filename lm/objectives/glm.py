@@ -154,8 +154,9 @@ class GLM:
 
     @property
     def traits(self) -> Traits:
-        """One stack with a bidirectional part and a second position; prompts are texts that end in a blank."""
-        frame = Frame(start=(), after=("mask",), answer=("sop",), end="eop", bidirectional=True, strides=(0, 1))
+        """One stack with a bidirectional part and a second position; prompts are texts with one blank."""
+        marks = Frame(start=(), between=("mask",), answer=("sop",), end=("eop",))
+        frame = dataclasses.replace(marks, bidirectional=True, strides=(0, 1))
         fields = frozenset({"block_positions"})
         return Traits(layouts=frozenset({"decoder"}), bidirectional=True, fields=fields, frame=frame)
 

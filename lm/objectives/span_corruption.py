@@ -58,8 +58,10 @@ class SpanCorruption:
 
     @property
     def traits(self) -> Traits:
-        """Those of the format."""
-        return self.format.traits
+        """Those of the format; a prompt has one span, which the first sentinel marks and the second or eos ends."""
+        traits, first, second = self.format.traits, "sentinels[0]", "sentinels[1]"
+        frame = dataclasses.replace(traits.frame, between=(first,), answer=(first,), end=(second, "eos"))
+        return dataclasses.replace(traits, frame=frame)
 
     def sizes(self, length: int) -> Sizes:
         """Returns the most tokens that a segment of `length` tokens becomes."""

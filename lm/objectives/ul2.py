@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from lm.batch import MODES, Document, Example, Lengths, SpecialTokens
-from lm.objectives.base import CORRUPTION, Context, Traits
+from lm.objectives.base import CORRUPTION, Context, Frame, Traits
 from lm.objectives.noise import SpanNoise, SuffixNoise
 from lm.objectives.prefix import PrefixLM
 from lm.objectives.span_corruption import SpanCorruption
@@ -100,15 +100,21 @@ class UL2:
 
     @property
     def traits(self) -> Traits:
-        """Those of the format, with a component for each denoiser; prompts are announced as S, or else as the first."""
+        """Those of the format, with a component for each denoiser; prompts are those of S, or else of R or X."""
         names = tuple(denoiser.name for denoiser in self.denoisers)
         traits = dataclasses.replace(self.format.traits, fields=frozenset({"components"}), component_names=names)
-        if not self.mode_tokens:
-            return traits
-        modes = tuple(mode for mode in MODES if mode in {denoiser.mode for denoiser in self.denoisers})
         # What continues a text is the rest of it, which is what S-denoisers ask for.
-        mode = next((mode for mode in ("S", *modes) if mode in modes), None)
-        return dataclasses.replace(traits, frame=dataclasses.replace(traits.frame, modes=modes, mode=mode))
+        ordered = sorted(self.denoisers, key=lambda denoiser: ("S", "R", "X").index(denoiser.mode))
+        frames = dict.fromkeys(self.frame(denoiser) for denoiser in ordered) or {traits.frame: None}
+        first, *others = frames
+        return dataclasses.replace(traits, frame=dataclasses.replace(first, others=tuple(others)))
+
+    def frame(self, denoiser: Denoiser) -> Frame:
+        """Returns the frame of a denoiser's sources and targets, its mode token included."""
+        frame = denoiser.corruption(self.format).traits.frame
+        if not self.mode_tokens:
+            return frame
+        return dataclasses.replace(frame, before=(f"modes[{MODES.index(denoiser.mode)}]",), mode=denoiser.mode)
 
     def examples(self, document: Document, context: Context) -> list[Example]:
         """Returns one example for each segment of the document, each under a denoiser of its own."""

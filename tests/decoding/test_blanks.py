@@ -63,15 +63,16 @@ def _logits(model, params, batch):
     return model.apply(params, batch).logits
 
 
-def recompute(text):
-    """Fills the blank after `text` greedily, laid out by the objective itself and read again for each token."""
+def recompute(text, behind):
+    """Fills the blank before `behind` greedily, laid out by the objective itself and read again for each token."""
     model, params = make()
-    tokens = np.asarray(text, np.int32)
+    made = []
     allowed = (BYTES.token_bytes > 0) | (np.arange(BYTES.size) == BYTES.specials.eop)
     for _ in range(MAX_TOKENS):
         # The token to be made is the last target; what stands for it is in no input but one after it.
-        whole = np.append(tokens, 99)
-        example = arrange_blanks(whole, np.array([[len(text), len(whole)]]), np.zeros(1, np.int64), BYTES.specials)
+        whole = np.concatenate([text, made, [99], behind]).astype(np.int32)
+        blank = np.array([[len(text), len(whole) - len(behind)]])
+        example = arrange_blanks(whole, blank, np.zeros(1, np.int64), BYTES.specials)
         size, width = len(example.inputs) - 1, 24
 
         def row(values, size=size, width=width):
@@ -87,19 +88,19 @@ def recompute(text):
             block_positions=row(example.block_positions),
         )
         logits = np.asarray(_logits(model, params, batch))[0, size - 1]
-        made = int(np.where(allowed, logits, -np.inf).argmax())
-        tokens = np.append(tokens, made)
-        if made == BYTES.specials.eop:
+        made.append(int(np.where(allowed, logits, -np.inf).argmax()))
+        if made[-1] == BYTES.specials.eop:
             break
-    return tokens[len(text) :].tolist()
+    return made
 
 
 @settings(max_examples=6, deadline=None)
-@given(texts=st.lists(st.text("abcdefg", max_size=8), min_size=3, max_size=3))
-def test_cached_is_what_the_objective_lays_out(texts):
+@given(texts=st.lists(st.text("abcdefg", max_size=8), min_size=3, max_size=3), suffix=st.text("abc", max_size=5))
+def test_cached_is_what_the_objective_lays_out(texts, suffix):
     model, params = make()
-    made = build().generate(params, encode_prompts(model, BYTES, texts, range(3), FRAME))
-    assert [made.row(i).tolist() for i in range(3)] == [recompute(BYTES.encode(text)) for text in texts]
+    made = build().generate(params, encode_prompts(model, BYTES, texts, range(3), FRAME, suffix))
+    behind = BYTES.encode(suffix)
+    assert [made.row(i).tolist() for i in range(3)] == [recompute(BYTES.encode(text), behind) for text in texts]
 
 
 def test_a_prompt_is_the_part_that_training_saw():

@@ -20,7 +20,7 @@ from lm.decoding import (
     fit_max_tokens,
     stream_text,
 )
-from lm.document import PLAIN, Frame
+from lm.document import PLAIN
 from lm.objectives import UL2, Causal, Component, MaskedLM, Mixture, PrefixLM, TextToText
 from lm.objectives.ul2 import suffix
 
@@ -142,12 +142,15 @@ def test_nothing_but_text_and_its_end_is_made():
 
 def test_a_mode_token_announces_the_prompt_as_in_training():
     objective = UL2(mode_tokens=True)
-    traits = objective.traits
-    for mode, token in zip("RSX", BYTES.specials.modes, strict=True):
-        prompts = encode_prompts(make()[0], BYTES, ["ab"], [0], choose_frame(traits, mode=mode))
-        specials = BYTES.specials
+    traits, vocabulary = objective.traits, ByteTokenizer(2)
+    specials, text = vocabulary.specials, vocabulary.encode("ab").tolist()
+    first = specials.sentinels[0]
+    sources = {"R": [*text, first], "S": text, "X": [*text, first]}
+    answers = {"R": [first], "S": [], "X": [first]}
+    for mode, token in zip("RSX", specials.modes, strict=True):
+        prompts = encode_prompts(make()[0], vocabulary, ["ab"], [0], choose_frame(traits, mode=mode))
         row = prompts.tokens[0, : prompts.lengths[0]].tolist()
-        assert row == [specials.bos, token, *BYTES.encode("ab"), specials.eos]
+        assert row == [specials.bos, token, *sources[mode], specials.eos, *answers[mode]]
     assert choose_frame(traits).mode == "S"
     assert choose_frame(UL2(denoisers=tuple(d for d in objective.denoisers if d.mode != "S")).traits).mode == "R"
     assert choose_frame(UL2(mode_tokens=False).traits).mode is None
@@ -185,6 +188,7 @@ def test_a_mixture_prompts_as_the_component_that_is_asked_for():
         (Causal().traits, None, "S", "no mode 'S' to prompt in; no mode token announced its examples"),
         (MIXTURE.traits, "ul2", "X", "no mode 'X' to prompt in; there are S"),
         (UL2().traits, None, "s", "there are R, S, X"),
+        (UL2(mode_tokens=False).traits, None, "R", "no mode token announced"),
     ],
 )
 def test_names_that_are_not_there_are_answered_by_those_that_are(traits, component, mode, words):
@@ -196,6 +200,7 @@ def test_names_that_are_not_there_are_answered_by_those_that_are(traits, compone
 def test_a_tokenizer_without_the_modes_is_an_error():
     class Plain:
         specials = dataclasses.replace(BYTES.specials, modes=())
+        encode = BYTES.encode
 
-    with pytest.raises(DecodingError, match="mode 'S'"):
-        encode_prompts(make()[0], Plain(), ["ab"], [0], Frame(modes=("S",), mode="S"))
+    with pytest.raises(DecodingError, match=r"no 'modes\[1\]' token"):
+        encode_prompts(make()[0], Plain(), ["ab"], [0], choose_frame(UL2().traits))

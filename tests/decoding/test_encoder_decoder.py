@@ -118,13 +118,14 @@ def test_a_row_reads_its_own_source_only():
 
 
 def test_text_goes_to_the_encoder():
-    vocabulary = ByteTokenizer(0)
+    vocabulary = ByteTokenizer(2)
     model, params = make(vocabulary.size)
-    frame = SpanCorruption().traits.frame
+    frame, specials = SpanCorruption().traits.frame, vocabulary.specials
+    first = specials.sentinels[0]
     prompts = encode_prompts(model, vocabulary, ["hello", ""], [0, 1], frame)
-    assert prompts.tokens.tolist() == [[vocabulary.specials.bos]] * 2
-    assert prompts.encoder_tokens[0, :6].tolist() == [*vocabulary.encode("hello"), vocabulary.specials.eos]
-    assert prompts.encoder_lengths.tolist() == [6, 1]
+    assert prompts.tokens.tolist() == [[specials.bos, first]] * 2
+    assert prompts.encoder_tokens[0, :7].tolist() == [*vocabulary.encode("hello"), first, specials.eos]
+    assert prompts.encoder_lengths.tolist() == [7, 2]
     decoder = dataclasses.replace(greedy(model), num_ids=vocabulary.size)
     whole = list(complete_texts(decoder, params, vocabulary, ["hello", ""], frame=frame))
     assert "".join(stream_text(decoder, params, vocabulary, "hello", frame=frame)) == whole[0]
@@ -141,7 +142,7 @@ def test_prompts_stand_where_sources_stood_in_training(objective):
     (example,) = objective.examples(document, context)
     made = encode_prompts(model, vocabulary, [text], [0], frame)
     source = made.encoder_tokens[0, : made.encoder_lengths[0]]
-    before, after = len(frame.before), len(frame.after)
+    before, after = len(frame.before), len((*(frame.between or ()), *frame.after))
     assert source.tolist()[before : len(source) - after] == vocabulary.encode(text).tolist()
     assert source[:before].tolist() == example.encoder_inputs[:before].tolist()
     assert source[len(source) - after :].tolist() == example.encoder_inputs[-after:].tolist()

@@ -15,7 +15,7 @@ from lm.data.sources import split
 from lm.evaluation import cells
 from lm.evaluation.heldout import make_evaluate
 from lm.evaluation.yardstick import Continuation, PseudoLikelihood, WholeBlank, choose_yardstick
-from lm.objectives import BART, Causal
+from lm.objectives import BART, UL2, Causal, SpanCorruption
 from lm.training.assembly import assemble as assemble_run
 from tests.objectives.vocabulary import SPECIALS, VOCABULARY, make_context, make_distinct
 
@@ -77,6 +77,28 @@ def test_continuation_after_bart():
     assert [e.inputs.tolist() for e in examples] == [[eos, bos, 220], [eos, bos, 222]]
     assert [e.targets.tolist() for e in examples] == [[bos, 220, 221], [bos, 222, eos]]
     assert [e.weights.tolist() for e in examples] == [[0, 1, 1], [0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("objective", "before", "mark"),
+    [(UL2(), [SPECIALS.modes[1]], []), (SpanCorruption(), [], [SPECIALS.sentinels[0]])],
+)
+def test_continuation_shows_the_marks_that_training_showed(objective, before, mark):
+    """UL2's mode token, which is S; T5's sentinel at the gap and before the answer, which is not scored."""
+    tokens = np.array([20, 21, 22], np.int32) + 200
+    bos, eos = SPECIALS.bos, SPECIALS.eos
+    lengths = (2 + len(mark), 3 + len(before) + len(mark))
+    yardstick = choose_yardstick(objective, "encoder_decoder").objective
+    examples = yardstick.examples(Document("d", None, tokens), make_context(*lengths))
+    assert [e.encoder_inputs.tolist() for e in examples] == [
+        [*before, *mark, eos],
+        [*before, 220, 221, *mark, eos],
+    ]
+    assert [e.inputs.tolist() for e in examples] == [[bos, *mark, 220][: lengths[0]], [bos, *mark, 222][: lengths[0]]]
+    assert [e.targets.tolist() for e in examples] == [[*mark, 220, 221], [*mark, 222, eos]]
+    assert [e.weights.tolist() for e in examples] == [[0] * len(mark) + [1, 1]] * 2
+    without = dataclasses.replace(SPECIALS, modes=(), sentinels=())
+    assert len(yardstick.problems(without, make_context(*lengths).lengths)) == 1
 
 
 def test_continuation_known_answer():

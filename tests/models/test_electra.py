@@ -1,5 +1,7 @@
 """The pair shares its embeddings, its losses are what the paper says, and gradients stay apart."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,17 @@ def test_the_discriminator_is_an_encoder_of_its_own(case):
     np.testing.assert_allclose(output.losses["discriminator"].sum, 50 * nll.sum(), rtol=1e-5)
     assert float(output.losses["discriminator"].weight) == tokens.sum()
     assert float(output.metrics["replaced"].sum) == replaced.sum()
+
+
+def test_the_discriminator_has_no_head_for_tokens():
+    assert set(CONFIG.build().parameters()["discriminator"]) == {"tokens", "encoder", "classifier"}
+    # So nothing must bring its width back to that of a factorised table; the generator's head does.
+    assert CONFIG.head_transform is None
+    assert dataclasses.replace(CONFIG, embedding_dim=8).problems() == []
+    kept = CONFIG.discriminator
+    fields = {field.name: getattr(kept, field.name) for field in dataclasses.fields(kept)}
+    saved = models.Encoder(**fields).flops_per_token(32) - kept.flops_per_token(32)
+    assert saved == 3 * 2 * CONFIG.vocab_size * CONFIG.model_dim
 
 
 def test_tokens_that_are_sampled_right_count_as_original(case):

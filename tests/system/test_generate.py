@@ -14,7 +14,8 @@ pytestmark = pytest.mark.system
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     source = write_corpus(folder / "corpus", 20)
-    flags = tiny_flags(source, num_steps=6, **{"checkpoint.every": 6, "evaluation.every": 6})
+    fields = {"objective": "FillInTheMiddle", "checkpoint.every": 6, "evaluation.every": 6}
+    flags = tiny_flags(source, num_steps=6, **fields)
     status, _, errors = run("lm.train", *flags, f"--workdir={folder / 'run'}")
     assert status == 0, errors[-2000:]
     return folder / "run"
@@ -36,6 +37,18 @@ def test_streamed_and_batched_text_are_the_same(workdir):
     first, second = done.stdout.removeprefix("--- 1 of 2\n").split("--- 2 of 2\n")
     assert first == streamed
     assert second.startswith("naïve")
+
+
+def test_what_is_made_stands_between_prompt_and_suffix(workdir):
+    flags = (f"--workdir={workdir}", "--max_tokens=12", "--prompt=The statement", "--num_samples=2", "--temperature=2")
+    status, filled, errors = run("lm.generate", *flags, "--suffix= ends.")
+    assert status == 0, errors[-2000:]
+    first, second = filled.removeprefix("--- 1 of 2\n").split("--- 2 of 2\n")
+    assert first != second
+    for sample in (first, second):
+        assert sample.startswith("The statement")
+        assert sample.endswith(" ends.\n")
+        assert len(sample) > len("The statement ends.\n")
 
 
 @pytest.mark.parametrize(

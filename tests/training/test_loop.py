@@ -7,10 +7,12 @@ import shutil
 
 import pytest
 
+from configs import roberta
 from lm.config import ConfigError, UserError
 from lm.data import DataConfig, DataError, SentencePiece
 from lm.evaluation.heldout import make_evaluate
 from lm.experiment import CheckpointConfig, EvaluationConfig
+from lm.objectives import ROBERTA
 from lm.training import checkpoints as checkpoints_module
 from lm.training.checkpoints import CheckpointError, Checkpoints
 from lm.training.logging import read_metrics
@@ -100,6 +102,12 @@ def test_weights_of_another_tokenizer_are_refused(tmp_path, corpus, trained):
     other = dataclasses.replace(run.data, tokenizer=SentencePiece(vocab_size=450, num_sentinels=10))
     with pytest.raises(ConfigError, match="another tokenizer"):
         train(dataclasses.replace(run, data=other), str(tmp_path / "other"), make_evaluate)
+
+
+def test_weights_of_another_kind_of_model_are_refused(tmp_path, corpus, trained):
+    run = tiny(corpus, model=roberta.get_model("tiny"), objective=ROBERTA, init_from=str(trained))
+    with pytest.raises(ConfigError, match=f"{trained} is a run of Decoder, this is one of Encoder; "):
+        train(run, str(tmp_path), make_evaluate)
 
 
 @pytest.mark.parametrize(
