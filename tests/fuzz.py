@@ -19,8 +19,6 @@ from collections.abc import Callable
 import numpy as np
 from absl import app, flags
 
-from lm.config import UserError
-
 # Lies beside the folder that a target may read; seeds and mutations name it.
 CANARY = "canary.json"
 FORBIDDEN = (
@@ -459,6 +457,9 @@ def attempt(target: Target, data: bytes, around: pathlib.Path) -> bool:
       BrokenLawError: it did something forbidden, or its error is no sentence.
       Exception: it raised another error than UserError.
     """
+    # Here as in the targets: `atheris` sees only what is imported after it.
+    from lm.config import UserError
+
     watch = _watch()
     (around / CANARY).write_text('{"text": "outside"}')
     with tempfile.TemporaryDirectory(dir=around) as folder:
@@ -488,7 +489,9 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the mutations.")
 def _fuzz_by_coverage(target: Target, around: pathlib.Path) -> None:
     import atheris
 
-    atheris.instrument_all()
+    with atheris.instrument_imports(include=["lm"]):
+        for seed in target.seeds():
+            attempt(target, seed, around)
     corpus = around / "corpus"
     corpus.mkdir()
     for number, seed in enumerate(target.seeds()):
@@ -509,8 +512,6 @@ def main(_: list[str]) -> None:
     target = TARGETS[_TARGET.value]
     with tempfile.TemporaryDirectory() as made:
         around = pathlib.Path(made)
-        for seed in target.seeds():
-            attempt(target, seed, around)
         try:
             import atheris  # noqa: F401
         except ImportError:
