@@ -16,7 +16,7 @@ from benchmarks.rows import Rows
 from lm import interop, parallel
 from lm.batch import Batch
 from lm.data import DataConfig
-from lm.decoding import Decoder, Sampling, pad_prompts
+from lm.decoding import Decoder, Sampling, arrange, pad_prompts
 from lm.experiment import Experiment, LossConfig
 from lm.models.transformer import Transformer
 from lm.optim import AdamW, Constant, OptimizerConfig, build_optimizer
@@ -129,10 +129,10 @@ def save_first_weights(model: Transformer, folder: str | None) -> Any:
 
 def generate_work(model: Transformer, rows: Rows, new_tokens: int, folder: str | None) -> Work:
     """Makes greedy generation: the prompt with its first token; and with `new_tokens` more after it."""
-    params = save_first_weights(model, folder)
+    built, params = arrange(model.build(), save_first_weights(model, folder))
     prompts = pad_prompts(list(rows.tokens("inputs")), smallest=rows.length)
     mesh = parallel.build_mesh(parallel.MeshConfig(), jax.devices()[:1])
-    decoder = Decoder(model=model.build(), max_tokens=new_tokens + 1, sampling=Sampling(temperature=0.0))
+    decoder = Decoder(model=built, max_tokens=new_tokens + 1, sampling=Sampling(temperature=0.0))
     made: dict[str, Any] = {}
 
     def read() -> None:
