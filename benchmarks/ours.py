@@ -113,6 +113,8 @@ def train_work(model: Transformer, rows: Rows, folder: str | None) -> Work:
 
     if folder is not None:
         save_first_weights(model, folder)
+    if jax.default_backend() == "cpu":  # as the train loop does
+        parallel.keep_freed_memory()
     return Work({"step": step}, matmul(model.dtype), memory())
 
 

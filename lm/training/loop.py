@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from lm import parallel
 from lm.batch import WeightedSum
 from lm.config import ConfigError, UserError
 from lm.data import Batches, fingerprint, load_tokenizer, train_batches
@@ -308,6 +309,8 @@ def train(
         tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
         check_batch_size(experiment, assembly.mesh)
+        if assembly.mesh.devices.flat[0].platform == "cpu":
+            parallel.keep_freed_memory()
         batches = train_batches(
             experiment.data,
             experiment.objective,
