@@ -180,9 +180,7 @@ class MultiHeadAttention(nn.Module):
         start = (0, 0, context.index, 0)
         for name, new_BTKH in (("key", k_BTKH), ("value", v_BTKH)):
             new_BKTH = _swap(new_BTKH).astype(cache[name].dtype)
-            updated_BKSH = jax.lax.dynamic_update_slice(cache[name], new_BKTH, start)
-            # One update, and in place: XLA would make it twice, once to hand on and once to read.
-            cache = {**cache, name: jax.lax.optimization_barrier(updated_BKSH)}
+            cache = {**cache, name: jax.lax.dynamic_update_slice(cache[name], new_BKTH, start)}
         return _swap(cache["key"]), _swap(cache["value"]), context.keys, cache
 
     def _project(self, x_BSD: jax.Array | None) -> tuple[jax.Array, jax.Array]:

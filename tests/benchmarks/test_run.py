@@ -97,6 +97,13 @@ def test_wrong_flags_end_in_a_sentence(flag, sentence):
     assert "Traceback" not in done.stderr
 
 
+def test_a_missing_gpu_is_said_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    done = _run("--suite=gpu")
+    assert done.returncode == 2
+    assert "needs a GPU that jax can use; jax sees only cpu" in done.stderr
+
+
 def test_planned_bytes_show_what_remat_saves():
     def temporary(remat):
         model = dataclasses.replace(TINY, num_layers=4, remat=remat)
