@@ -28,6 +28,9 @@ from lm.training.checkpoints import restore_params
 from lm.training.state import TrainState, Tree, init_state, state_shardings
 from lm.training.workdir import read_config
 
+# For a program that runs once: LLVM makes the same numbers in a quarter of the time.
+QUICK = {"xla_backend_optimization_level": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
@@ -73,6 +76,7 @@ class Assembly:
             make = jax.jit(
                 lambda seed: init_state(self.model, self.optimizer, seed, self.experiment.optimizer.average),
                 out_shardings=jax.tree.map(lambda s: s.sharding, self.state),
+                compiler_options=QUICK if self.mesh.devices.flat[0].platform == "cpu" else None,
             )
             return make(jnp.asarray(self.experiment.seed, jnp.int32))
 

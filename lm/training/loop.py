@@ -107,7 +107,10 @@ class TrainLoop:
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
         devices = assembly.mesh.devices
-        self._one_at_a_time = devices.size > 1 and devices.flat[0].platform == "cpu"
+        on_cpu = devices.flat[0].platform == "cpu"
+        self._one_at_a_time = devices.size > 1 and on_cpu
+        if on_cpu:
+            parallel.keep_freed_memory()
 
     def restore(self) -> TrainState:
         """Returns the newest sound state, or the first one; sets the data and the counters to match."""
@@ -309,8 +312,6 @@ def train(
         tokenizer = load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
         assembly = assemble(experiment, tokenizer)
         check_batch_size(experiment, assembly.mesh)
-        if assembly.mesh.devices.flat[0].platform == "cpu":
-            parallel.keep_freed_memory()
         batches = train_batches(
             experiment.data,
             experiment.objective,
