@@ -1,7 +1,7 @@
 """A plain PyTorch GPT to compare with: what a user would write or pick instead, same shapes as ours.
 
 Written for this benchmark: pre-norm blocks, fused attention by scaled_dot_product_attention, tied
-output projection, fused AdamW, gradient clipping. Nothing of `lm` is used.
+output projection. Nothing of `lm` is used.
 """
 
 import torch
@@ -44,23 +44,3 @@ class Gpt(nn.Module):
             x = block(x)
         logits = self.norm(x) @ self.tokens.weight.T
         return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-class TorchTrainer:
-    """One train step of the PyTorch model; bfloat16 is autocast, as its users do it."""
-
-    def __init__(self, shape: dict[str, int], *, bfloat16: bool, compiled: bool) -> None:
-        torch.manual_seed(0)
-        self.model = Gpt(**shape)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
-        self.bfloat16 = bfloat16
-        self.run = torch.compile(self.model) if compiled else self.model
-
-    def step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-            loss = self.run(inputs, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return float(loss)

@@ -44,7 +44,7 @@ def main(_: list[str]) -> int:
     if _WORKDIR.value is None:
         raise ConfigError("give --workdir=FOLDER of a trained run")
     prompts = [prompt for prompt in _read_prompts() for _ in range(_NUM_SAMPLES.value)]
-    from lm.decoding import Sampling, build_decoder, choose_frame, complete_texts, fit_max_tokens, stream_text
+    from lm.decoding import Sampling, arrange, build_decoder, choose_frame, complete_texts, fit_max_tokens, stream_text
     from lm.training.assembly import load_run
 
     sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
@@ -55,11 +55,12 @@ def main(_: list[str]) -> int:
     frame = choose_frame(traits, _COMPONENT.value, _MODE.value, fill_in=_SUFFIX.value is not None)
     most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, frame, suffix)
     most = most if _MAX_TOKENS.value is None else _MAX_TOKENS.value
-    decoder = build_decoder(run.model, run.tokenizer, frame, sampling, most)
     with run.assembly.placed():
+        model, params = arrange(run.model, run.params)
+        decoder = build_decoder(model, run.tokenizer, frame, sampling, most)
         if len(prompts) == 1:
             settings = {"seed": _SEED.value, "frame": frame, "suffix": suffix}
-            pieces = stream_text(decoder, run.params, run.tokenizer, prompts[0], **settings)
+            pieces = stream_text(decoder, params, run.tokenizer, prompts[0], **settings)
             # The first piece is made before anything is printed: a prompt that is too long is refused there.
             print(prompts[0] + next(pieces), end="", flush=True)
             for piece in pieces:
@@ -67,7 +68,7 @@ def main(_: list[str]) -> int:
             print(suffix)
             return 0
         settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value, "frame": frame, "suffix": suffix}
-        completed = complete_texts(decoder, run.params, run.tokenizer, prompts, **settings)
+        completed = complete_texts(decoder, params, run.tokenizer, prompts, **settings)
         for i, (text, continuation) in enumerate(zip(prompts, completed, strict=True)):
             print(f"--- {i + 1} of {len(prompts)}\n{text}{continuation}{suffix}", flush=True)
     return 0

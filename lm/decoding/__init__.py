@@ -1,5 +1,6 @@
 """From a model and prompts to text: one jitted loop over a cache, for any model that has one."""
 
+from lm.decoding.arrangement import arrange as arrange
 from lm.decoding.continuation import build_decoder as build_decoder
 from lm.decoding.continuation import choose_frame as choose_frame
 from lm.decoding.continuation import complete_texts as complete_texts

@@ -16,10 +16,8 @@ import jax.numpy as jnp
 
 from lm.models.layers import dropout, soft_cap
 from lm.models.products import contract
+from lm.models.softmax import MASKED, masked_attention
 from lm.parallel import vary_like
-
-# Finite, so that a row without any allowed key stays finite.
-MASKED = -1e30
 
 
 class Side(NamedTuple):
@@ -148,6 +146,11 @@ class Scoring:
     dropout_rate: float = 0.0
     key: jax.Array | None = None
 
+    def is_plain(self) -> bool:
+        """Whether scores are only scaled, and weights only normalised."""
+        extra = (self.soft_cap, self.sinks_N, self.relative, self.bias)
+        return all(x is None for x in extra) and (self.key is None or not self.dropout_rate)
+
     def scores(self, q_BTKGH: jax.Array, k_BSKH: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
         """Returns f32[B, K, G, T, S] scores with MASKED where hidden, and bool[B, 1, 1, T, S] where allowed."""
         scores_BKGTS = contract("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, q_BTKGH.dtype)
@@ -270,6 +273,11 @@ class Plain:
     ) -> jax.Array:
         """Returns [B, T, N, H of values] in the dtype of the queries; softmax in float32, keys are not repeated."""
         q_BTKGH = group(q_BTNH, k_BSKH.shape[2])
+        if scoring.is_plain():
+            allowed_BTS = layout.allowed()
+            out_BKGTH = masked_attention(q_BTKGH, k_BSKH, v_BSKH, allowed_BTS, scoring.scale)
+            reads_B11T1 = jnp.any(allowed_BTS, axis=-1)[:, None, None, :, None]
+            return _ungroup(jnp.where(reads_B11T1, out_BKGTH, 0.0), q_BTNH.dtype)
         scores_BKGTS, allowed = scoring.scores(q_BTKGH, k_BSKH, layout)
         if scoring.sinks_N is not None:
             sinks = jnp.broadcast_to(scoring.sinks_as(q_BTKGH)[..., None], (*scores_BKGTS.shape[:-1], 1))

@@ -40,6 +40,9 @@ WEIGHT_AXES: Mapping[str, str] = {
 }
 
 
+# Stands in the parameter tree in place of `kernel` where the axes that are summed over have been moved to the end.
+SUMMED_LAST = "kernel_summed_last"
+
 Role = Literal["matrix", "table", "scale", "bias"]
 
 
@@ -162,19 +165,25 @@ class Einsum(nn.Module):
         fan_in = math.prod(sizes[letter] for letter in inputs)
         gaussian = self.config.initializer.matrix(fan_in, self.config.residual_layers if self.residual else 0)
         gaussian = dataclasses.replace(gaussian, stddev=gaussian.stddev * self.scale)
-        kernel = self.param(
-            "kernel",
-            declare(
-                tuple(sizes[letter] for letter in letters),
-                tuple(WEIGHT_AXES[letter] for letter in letters),
-                "matrix",
-                fan_in=fan_in,
-                distribution=gaussian,
-                input_axes=tuple(WEIGHT_AXES[letter] for letter in inputs),
-                active_share=self.active_share,
-            ),
-        )
-        y = product(equation or self.equation, x, kernel, self.config.compute_dtype)
+        equation = equation or self.equation
+        kernel = self.get_variable("params", SUMMED_LAST)
+        if kernel is not None:
+            reordered = "".join(sorted(letters, key=lambda letter: letter in inputs))
+            equation = equation.replace(f",{letters}->", f",{reordered}->")
+        else:
+            kernel = self.param(
+                "kernel",
+                declare(
+                    tuple(sizes[letter] for letter in letters),
+                    tuple(WEIGHT_AXES[letter] for letter in letters),
+                    "matrix",
+                    fan_in=fan_in,
+                    distribution=gaussian,
+                    input_axes=tuple(WEIGHT_AXES[letter] for letter in inputs),
+                    active_share=self.active_share,
+                ),
+            )
+        y = product(equation, x, kernel, self.config.compute_dtype)
         if self.use_bias:
             outputs = [letter for letter in letters if letter in result]
             shape = tuple(sizes[letter] for letter in outputs)

@@ -48,6 +48,11 @@ class Context(NamedTuple):
 Cache = dict[str, Any] | None
 
 
+def _swap(x_BSKH: jax.Array) -> jax.Array:
+    """Returns [B, K, S, H] of [B, S, K, H], and back."""
+    return jnp.swapaxes(x_BSKH, 1, 2)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiHead:
     """Settings of multi-head attention; the numbers and sizes of heads are those of the model.
@@ -81,8 +86,11 @@ class MultiHead:
         return MultiHeadAttention(self, config, layer, causal, cross, gain, name=name)
 
     def init_cache(self, config: "Transformer", batch_size: int, length: int) -> dict[str, jax.Array]:
-        """Returns zeros for one layer's keys and values, each [B, S, K, H] in the compute dtype."""
-        shape = (batch_size, length, config.sizes["K"], config.sizes["H"])
+        """Returns zeros for one layer's keys and values, each [B, K, S, H] in the compute dtype.
+
+        Heads come before slots, as the products over a head's slots want it: nothing is transposed for a token.
+        """
+        shape = (batch_size, config.sizes["K"], length, config.sizes["H"])
         return {"key": jnp.zeros(shape, config.compute_dtype), "value": jnp.zeros(shape, config.compute_dtype)}
 
     def rotated_width(self, config: "Transformer") -> int:
@@ -190,19 +198,20 @@ class MultiHeadAttention(nn.Module):
         """Returns all keys and values that may be read, where they stand, and the cache with the new ones."""
         if self.cross:
             if cache is not None and context.memory_BSD is None:
-                return cache["cross_key"], cache["cross_value"], self._memory(context), cache
+                return _swap(cache["cross_key"]), _swap(cache["cross_value"]), self._memory(context), cache
             k_BSKH, v_BSKH = self._project(context.memory_BSD, cache)
             if cache is not None:
-                cache = {**cache, "cross_key": k_BSKH, "cross_value": v_BSKH}
+                cache = {**cache, "cross_key": _swap(k_BSKH), "cross_value": _swap(v_BSKH)}
             return k_BSKH, v_BSKH, self._memory(context), cache
         k_BTKH, v_BTKH = self._project(x_BTD, cache)
         k_BTKH = (self.layer.positions or self.config.positions).rotate(k_BTKH, context.queries.positions)
         if cache is None or context.index is None:
             return k_BTKH, v_BTKH, context.keys, cache
-        start = (0, context.index, 0, 0)
-        k_BSKH = jax.lax.dynamic_update_slice(cache["key"], k_BTKH.astype(cache["key"].dtype), start)
-        v_BSKH = jax.lax.dynamic_update_slice(cache["value"], v_BTKH.astype(cache["value"].dtype), start)
-        return k_BSKH, v_BSKH, context.keys, {**cache, "key": k_BSKH, "value": v_BSKH}
+        start = (0, 0, context.index, 0)
+        for name, new_BTKH in (("key", k_BTKH), ("value", v_BTKH)):
+            new_BKTH = _swap(new_BTKH).astype(cache[name].dtype)
+            cache = {**cache, name: jax.lax.dynamic_update_slice(cache[name], new_BKTH, start)}
+        return _swap(cache["key"]), _swap(cache["value"]), context.keys, cache
 
     def _project(self, x_BSD: jax.Array | None, cache: Cache) -> tuple[jax.Array, jax.Array]:
         """Returns keys and values, each [B, S, K, H], before rotation."""

@@ -17,6 +17,9 @@ import jax.numpy as jnp
 # Like `contract`: (equation, x, y, dtype of the operands) -> float32.
 Product = Callable[[str, jax.Array, jax.Array, jnp.dtype], jax.Array]
 
+# Products of fewer bfloat16 rows are padded to so many on a CPU.
+FEWEST_ROWS = 8
+
 
 def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Computes the two-operand einsum with operands in `dtype`, accumulated in and returned as float32.
@@ -89,7 +92,11 @@ def arrange(equation: str, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -
     sizes = {**dict(zip(x, x_shape, strict=True)), **dict(zip(y, y_shape, strict=True))}
 
     def moved(before: str, after: str, width: int) -> int:
-        return 0 if before == after else width * math.prod(sizes[letter] for letter in before)
+        if before == after:
+            return 0
+        # Rows that move whole are copied twice as fast.
+        effort = 1 if before[-1] == after[-1] else 2
+        return effort * width * math.prod(sizes[letter] for letter in before)
 
     def of(letters: str, *members: str) -> str:
         return "".join(letter for letter in letters if all(letter in m for m in members))
@@ -117,11 +124,58 @@ def arranged_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     plan = arrange(equation, x.shape, y.shape)
     first, second = ((y, y_axes), (x, x_axes)) if plan.swapped else ((x, x_axes), (y, y_axes))
     left, right = _transposed(*first, plan.left), _transposed(*second, plan.right)
-    product = jnp.einsum(f"{plan.left},{plan.right}->{plan.result}", left, right, preferred_element_type=jnp.float32)
+    product = _few_rows(plan, left, right)
     # Without the barrier, XLA:CPU turns the transpose of a product into a product of transposes: a form that it
     # cannot run ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jax 0.10.2).
     product = jax.lax.optimization_barrier(product)
     return jnp.transpose(product, [plan.result.index(letter) for letter in result])
+
+
+def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiplies arranged operands.
+
+    What is summed over, and the right operand's own axes, are one axis each: XLA:CPU would bring a right operand of
+    more axes to another order with a copy of the whole.
+    """
+    summed = "".join(letter for letter in plan.left if letter in plan.right and letter not in plan.result)
+    own = "".join(letter for letter in plan.right if letter not in plan.left)
+    shape = left.shape[: left.ndim - len(summed)]
+    if len(summed) > 1:
+        left = left.reshape(*shape, -1)
+    sizes = dict(zip(plan.right, right.shape, strict=True))
+    merged = plan.right
+    for letters in (summed, own):
+        if len(letters) > 1:
+            merged = merged.replace(letters, letters[0])
+    right = right.reshape([math.prod(sizes[x] for x in _merged(letter, summed, own)) for letter in merged])
+    equation = f"{plan.left[: len(shape)]}{summed[:1]},{merged}->{plan.left[: len(shape)]}{own[:1]}"
+    product = jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
+    return product.reshape(*shape, *(sizes[letter] for letter in own))
+
+
+def _merged(letter: str, *groups: str) -> str:
+    """Returns the group that the letter stands for, or the letter."""
+    return next((group for group in groups if group[:1] == letter), letter)
+
+
+def _few_rows(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiplies with rows of zeros added to the left operand, where it has few of them.
+
+    XLA:CPU converts both operands to float32 for one row, which takes 4 to 8 times as long as eight rows with AMX.
+    """
+    summed = [letter for letter in plan.left if letter in plan.right]
+    shape = left.shape[: left.ndim - len(summed)]
+    rows = math.prod(shape)
+    is_batch = any(letter in plan.result for letter in summed)
+    if is_batch or left.dtype != jnp.bfloat16 or rows >= FEWEST_ROWS:
+        return _product(plan, left, right)
+    left = jnp.pad(left.reshape(rows, *left.shape[len(shape) :]), [(0, FEWEST_ROWS - rows)] + [(0, 0)] * len(summed))
+    # The first letter stands for all rows; a product without any has none to stand for it.
+    letters = "".join(summed)
+    row = next(letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter not in plan.left + plan.right)
+    own = "".join(letter for letter in plan.right if letter not in letters)
+    padded = _product(dataclasses.replace(plan, left=row + letters, result=row + own), left, right)
+    return jax.lax.optimization_barrier(padded)[:rows].reshape(*shape, *padded.shape[1:])
 
 
 def _transposed(x: jax.Array, axes: str, wanted: str) -> jax.Array:

@@ -169,6 +169,7 @@ class Stack(nn.Module):
             split_rngs={"params": not shared},
             in_axes=in_axes,
             length=repeats,
-            unroll=1 if self.config.scan_layers else repeats,
+            # A loop of one trip would copy what it reads and writes; 0 makes no loop at all.
+            unroll=0 if repeats == 1 else 1 if self.config.scan_layers else repeats,
             metadata_params={},
         )

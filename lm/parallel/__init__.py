@@ -16,6 +16,7 @@ from lm.parallel.collectives import Collective as Collective
 from lm.parallel.collectives import Traffic as Traffic
 from lm.parallel.collectives import count_collectives as count_collectives
 from lm.parallel.collectives import list_collectives as list_collectives
+from lm.parallel.host import keep_freed_memory as keep_freed_memory
 from lm.parallel.manual import activation_spec as activation_spec
 from lm.parallel.manual import by_device as by_device
 from lm.parallel.manual import carriers as carriers

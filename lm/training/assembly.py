@@ -35,6 +35,9 @@ from lm.training.workdir import read_config
 # (folder, model's config) -> parameters on the host; None if the folder is in no other project's format.
 ImportParams = Callable[[str, Any], Tree | None]
 
+# For a program that runs once: LLVM makes the same numbers in a quarter of the time.
+QUICK = {"xla_backend_optimization_level": 1}
+
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
@@ -85,6 +88,7 @@ class Assembly:
             make = jax.jit(
                 lambda seed: _first_state(self.experiment, self.model, self.optimizer, seed),
                 out_shardings=jax.tree.map(lambda s: s.sharding, self.state),
+                compiler_options=QUICK if self.mesh.devices.flat[0].platform == "cpu" else None,
             )
             return make(np.asarray(self.experiment.seed, np.int32))
 

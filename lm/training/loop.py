@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from lm import parallel
 from lm.batch import Batch
 from lm.config import ConfigError, UserError
 from lm.data import Batches, fingerprint, load_tokenizer, merge_states, train_batches
@@ -110,7 +111,10 @@ class TrainLoop:
         self._stop_agreed = False
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
         devices = assembly.mesh.devices
-        self._one_at_a_time = devices.size > 1 and devices.flat[0].platform == "cpu"
+        on_cpu = devices.flat[0].platform == "cpu"
+        self._one_at_a_time = devices.size > 1 and on_cpu
+        if on_cpu:
+            parallel.keep_freed_memory()
 
     def restore(self) -> TrainState:
         """Returns the newest sound state, or the first one; sets the data and the counters to match."""

@@ -6,7 +6,7 @@ nothing but the step counter.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,14 @@ Metrics = dict[str, jax.Array]
 TrainMetrics = dict[str, jax.Array | WeightedSum]
 Sums = tuple[TokenLosses, dict[str, WeightedSum], dict[str, WeightedSum]]
 Statistics = Tree  # what layers counted, for `Model.after_update`
+
+
+class Updated(NamedTuple):
+    """What an update changes in a `TrainState`."""
+
+    params: Tree
+    opt_state: Tree
+    average: Tree
 
 
 def compute_sums(
@@ -185,27 +193,22 @@ def make_train_step(
         if bounds is not None:
             spike, spikes = bounds.judge(state.spikes, metrics["loss"], norm, finite)
         good = finite & ~spike
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = model.after_update(state.params, optax.apply_updates(state.params, updates), statistics)
-        average = None if averaging is None else averaging.update(state.average, params, state.step)
+        # Old parameters are read before the update begins, so that it can be done in their place.
+        before = Updated(state.params, state.opt_state, state.average)
+        before, parameter_norm = jax.lax.optimization_barrier((before, optax.tree.norm(state.params)))
 
-        def keep(new: Tree, old: Tree) -> Tree:
-            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        def update(before: Updated) -> Updated:
+            updates, opt_state = optimizer.update(grads, before.opt_state, before.params)
+            params = model.after_update(before.params, optax.apply_updates(before.params, updates), statistics)
+            average = None if averaging is None else averaging.update(before.average, params, state.step)
+            return Updated(params, opt_state, average)
 
-        new = keep_in_place(
-            model,
-            TrainState(
-                step=state.step + 1,
-                params=keep(params, state.params),
-                opt_state=keep(opt_state, state.opt_state),
-                average=keep(average, state.average),
-                key=state.key,
-                spikes=spikes,
-            ),
-        )
+        # A branch, and not a choice element by element: that would read and copy everything once more.
+        after = jax.lax.cond(good, update, lambda before: before, before)
+        new = keep_in_place(model, state._replace(step=state.step + 1, spikes=spikes, **after._asdict()))
         metrics |= {
             "gradient_norm": norm,
-            "parameter_norm": optax.tree.norm(state.params),
+            "parameter_norm": parameter_norm,
             "learning_rate": jnp.asarray(learning_rate_at(state.step), jnp.float32),
             "skipped": 1.0 - good.astype(jnp.float32),
         }

@@ -47,6 +47,15 @@ def test_equals_the_einsum_in_float64_forward_and_backward(equation, dtype):
         np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=tolerance, atol=1e-5)
 
 
+@pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,NHD->BTNH", "BTD,VD->BTV", "BTD,D->BT"])
+def test_one_row_is_padded_and_cut_again(equation):
+    operands, _result = equation.split("->")
+    a, b = operands.split(",")
+    x, y = draw(a, 0, "bfloat16")[:1, :1], draw(b, 1, "bfloat16")
+    wanted = np.einsum(equation, *(np.asarray(array, np.float64) for array in (x, y)))
+    np.testing.assert_allclose(contract(equation, x, y, jnp.dtype("bfloat16")), wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_the_left_operand_ends_with_what_is_summed(equation):
     operands, result = equation.split("->")

@@ -226,3 +226,19 @@ def test_problems_name_the_field(rule, field):
 @rows
 def test_defaults_have_no_problems(row):
     assert row.rule.problems() == []
+
+
+def test_a_mean_in_bfloat16_halves_its_bytes_and_hardly_moves_the_update():
+    """Eight bits of mantissa: after ten updates a direction is within one part in a hundred of float32's."""
+    params = random_tree(0)
+    states, directions = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = build_optimizer(config(Row(AdamW(mean_dtype=dtype), 1.0, references.adam)), 100, params, AXES)
+        update, state = jax.jit(optimizer.update), optimizer.init(params)
+        for seed in range(10):
+            direction, state = update(random_tree(seed), state, params)
+        states[dtype], directions[dtype] = state, direction
+    sizes = {dtype: sum(leaf.nbytes for leaf in jax.tree.leaves(state)) for dtype, state in states.items()}
+    assert sizes["bfloat16"] == pytest.approx(0.75 * sizes["float32"], rel=0.01)
+    for found, wanted in zip(*(jax.tree.leaves(directions[d]) for d in ("bfloat16", "float32")), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=0.02)

@@ -1,0 +1,113 @@
+"""The benchmark suite runs to its end, its contenders do the same work, and what cannot run is said in a sentence."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import measuring, memory, ours, subjects
+from benchmarks.measuring import Comparison, Contender, Row, Sample, Work, lines
+from benchmarks.rows import Rows
+
+TINY = dataclasses.replace(
+    subjects.CPU["train-tiny"].model, vocab_size=64, num_layers=1, model_dim=32, num_heads=2, mlp_dim=32, max_length=32
+)
+HAS_PEERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+
+
+def _count(total):
+    return Work({"step": lambda: float(total)}, (lambda: None, 1e6), {"total": total})
+
+
+def _fails():
+    raise ValueError("no such kernel")
+
+
+def _run(*flags):
+    command = [sys.executable, "-m", "benchmarks.run", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_contenders_take_turns_and_a_broken_one_is_left_out():
+    said = []
+    contenders = (*tuple(Contender(str(n), _count, (n,)) for n in (1, 2)), Contender("broken", _fails, ()))
+    rows = Comparison("s", "float32", contenders, {"step": (10, 1e3)}).measure(2, said.append)
+    assert [(row.who, row.first_result, row.facts["total"], len(row.samples)) for row in rows] == [
+        ("1", 1.0, 1, 2),
+        ("2", 2.0, 2, 2),
+    ]
+    assert len(said) == 1
+    assert "broken: ValueError: no such kernel" in said[0]
+
+
+def test_faster_is_theirs_over_ours_round_by_round():
+    mine = Row("s", "float32", "step", "lm", 1.0, None, [Sample(1.0, 2.0), Sample(4.0, 4.0)], 100, 1e9, 1e9)
+    peer = dataclasses.replace(mine, who="torch", samples=[Sample(3.0, 2.0), Sample(12.0, 4.0)])
+    assert mine.speedup_over(peer) == (3.0, 1.0)
+    ours_line, theirs_line = lines([mine, peer])
+    assert theirs_line.split()[-2:] == ["3.00", "1.00"]
+    assert "lm" in ours_line.split()
+
+
+def test_a_whole_comparison_agrees_on_losses_and_tokens(tmp_path):
+    """Same weights and rows: the first losses and the greedy tokens are those of `transformers`."""
+    if not HAS_PEERS:
+        pytest.skip("torch and transformers are not installed")
+    train = subjects.TrainStep(TINY, Rows(2, 16, 64)).compare("t", "float32", ["transformers"], tmp_path / "a")
+    generate = subjects.Generation(TINY, Rows(2, 16, 64), 4).compare("g", "float32", ["transformers"], tmp_path / "b")
+    eager = dataclasses.replace(train, contenders=train.contenders[:2])
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    said = []
+    mine, theirs = eager.measure(1, said.append)
+    assert not said
+    assert mine.first_result == pytest.approx(theirs.first_result, rel=1e-5)
+    rows = subjects.add_decoding(generate.measure(1, said.append), 4, 2)
+    assert {(row.who, row.part) for row in rows} == {
+        (who, part) for who in ("lm", "transformers") for part in ("prompt", "whole", "decode")
+    }
+    tokens = {row.who: row.facts["tokens"] for row in rows}
+    assert tokens["lm"] == tokens["transformers"]
+
+
+def test_program_writes_every_sample(tmp_path):
+    output = tmp_path / "found.json"
+    done = _run("--suite=cpu", "--against=", "--subjects=data", "--rounds=1", f"--output={output}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(output.read_text())
+    assert found["subjects"]["data"]["tokens_per_second"] > 0
+    assert "jax" in found["machine"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--subjects=trane", "'trane' begins no subject"),
+        ("--against=mxnet", "'mxnet' is no peer"),
+        ("--dtypes=float8", "'float8' is neither"),
+    ],
+)
+def test_wrong_flags_end_in_a_sentence(flag, sentence):
+    done = _run(flag)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_gpu_is_said_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    done = _run("--suite=gpu")
+    assert done.returncode == 2
+    assert "needs a GPU that jax can use; jax sees only cpu" in done.stderr
+
+
+def test_planned_bytes_show_what_remat_saves():
+    def temporary(remat):
+        model = dataclasses.replace(TINY, num_layers=4, remat=remat)
+        return memory.planned_bytes(ours.make_step(model, Rows(2, 32, 64)).compiled)["temporary_bytes"]
+
+    assert temporary("full") < temporary("none")
+    assert measuring.peak_resident_bytes() > 0
