@@ -277,7 +277,7 @@ class Plain:
             allowed_BTS = layout.allowed()
             out_BKGTH = masked_attention(q_BTKGH, k_BSKH, v_BSKH, allowed_BTS, scoring.scale)
             reads_B11T1 = jnp.any(allowed_BTS, axis=-1)[:, None, None, :, None]
-            return _ungroup(jnp.where(reads_B11T1, out_BKGTH, 0.0), q_BTNH.dtype)
+            return ungroup(jnp.where(reads_B11T1, out_BKGTH, 0.0), q_BTNH.dtype)
         scores_BKGTS, allowed = scoring.scores(q_BTKGH, k_BSKH, layout)
         if scoring.sinks_N is not None:
             sinks = jnp.broadcast_to(scoring.sinks_as(q_BTKGH)[..., None], (*scores_BKGTS.shape[:-1], 1))
