@@ -2,7 +2,7 @@
 
 One prompt is written as its text is made; several (or several samples) are made in batches. Prompts
 are also read from a file, or from standard input with --prompt_file=-, one a line. With --suffix a run that was
-trained to (fill-in-the-middle, span corruption, GLM) fills in what stands between prompt and suffix.
+trained to (fill-in-the-middle, span corruption, UL2, GLM) fills in what stands between prompt and suffix.
 """
 
 import sys
@@ -22,8 +22,12 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Most tokens to make (def
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy, 1 is the model's own distribution.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens only.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the most likely tokens that make up this probability only.")
-_COMPONENT = flags.DEFINE_string("component", None, "Which objective of a mixture to prompt as (default: the first).")
-_MODE = flags.DEFINE_string("mode", None, "Which mode token announces a prompt to UL2: R, S or X (default: S).")
+_COMPONENT = flags.DEFINE_string(
+    "component", None, "Which objective of a mixture to prompt as (default: the first that will do)."
+)
+_MODE = flags.DEFINE_string(
+    "mode", None, "Which mode token announces a prompt to UL2: R, S or X (default: S; R to fill in)."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; a prompt's text does not depend on the batch it sits in.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows made together.", lower_bound=1)
 
