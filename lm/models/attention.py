@@ -275,7 +275,7 @@ class Plain:
         q_BTKGH = group(q_BTNH, k_BSKH.shape[2])
         if scoring.is_plain():
             allowed_BTS = layout.allowed()
-            out_BKGTH = masked_attention(q_BTKGH, k_BSKH, v_BSKH, allowed_BTS, scoring.scale)
+            out_BKGTH: jax.Array = masked_attention(q_BTKGH, k_BSKH, v_BSKH, allowed_BTS, scoring.scale)
             reads_B11T1 = jnp.any(allowed_BTS, axis=-1)[:, None, None, :, None]
             return ungroup(jnp.where(reads_B11T1, out_BKGTH, 0.0), q_BTNH.dtype)
         scores_BKGTS, allowed = scoring.scores(q_BTKGH, k_BSKH, layout)

@@ -25,6 +25,7 @@ from lm.parallel import (
     gather_length,
     is_placed,
     num_shards,
+    platform_of,
     shift,
     to_heads,
     to_length,
@@ -308,10 +309,12 @@ def attend(
       scoring: how scores are made.
     """
     if is_placed():
-        platform = current()[0].devices.flat[0].platform
+        platform = platform_of(current()[0])
         features = _features(arrays, layout, scoring)
-        kernel = kernel.resolve(platform, features, arrays[0].shape[1] * arrays[1].shape[1])
-        problems = platform_problems(kernel, platform)
+        # What is only planned is planned with what the compiler sees into.
+        kernel = kernel.resolve(platform or "cpu", features, arrays[0].shape[1] * arrays[1].shape[1])
+        kernel = kernel.portable() if platform is None else kernel
+        problems = [] if platform is None else platform_problems(kernel, platform)
         if problems:
             raise ValueError("\n".join(problems))
         if num_shards("length") > 1:

@@ -9,6 +9,7 @@ from lm.parallel.axes import inside as inside
 from lm.parallel.axes import is_divided as is_divided
 from lm.parallel.axes import is_placed as is_placed
 from lm.parallel.axes import num_shards as num_shards
+from lm.parallel.axes import platform_of as platform_of
 from lm.parallel.axes import shapes_only as shapes_only
 from lm.parallel.axes import spec as spec
 from lm.parallel.axes import use as use

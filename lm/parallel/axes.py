@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm.parallel.mesh import MESH_AXES, Pipeline
@@ -172,6 +173,12 @@ def current() -> tuple[Mesh | AbstractMesh, Rules]:
     return scope.mesh, scope.rules
 
 
+def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
+    """Returns what the devices of a mesh are ("cpu", "gpu", "tpu"); None for one without devices."""
+    devices = mesh.devices if isinstance(mesh, Mesh) else None
+    return None if devices is None else devices.flat[0].platform
+
+
 def is_placed() -> bool:
     """Returns whether there are devices; False inside `shapes_only()`."""
     return not (_SCOPES and _SCOPES[-1] is None)
@@ -220,7 +227,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     resolved = spec(axes, rules.activations)
     if mesh.size == 1 or inside_device():
         return x
-    if not isinstance(x, jax.core.Tracer):  # op by op, as in a debugger
+    if not isinstance(x, Tracer):  # op by op, as in a debugger
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, resolved))
     # Without its mesh: inside `jax.shard_map` over some axes the one in force is another.
     return jax.lax.with_sharding_constraint(x, resolved)

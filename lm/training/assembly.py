@@ -61,6 +61,12 @@ class Assembly:
     optimizer: optax.GradientTransformation
     state: TrainState
 
+    @property
+    def device_mesh(self) -> Mesh:
+        """The mesh of a run, which has devices, as that of a plan has not."""
+        assert isinstance(self.mesh, Mesh)
+        return self.mesh
+
     @contextlib.contextmanager
     def placed(self) -> Iterator[None]:
         """Puts the mesh and the rules in force; everything that traces the model runs inside."""
@@ -80,7 +86,7 @@ class Assembly:
 
     def row_block(self) -> tuple[int, int]:
         """Returns which block of each batch's rows this process reads, and of how many; see `processes.row_block`."""
-        return processes.row_block(self.mesh, self.rules)
+        return processes.row_block(self.device_mesh, self.rules)
 
     def init(self) -> TrainState:
         """Makes the first state of the run, each array on its devices from the start."""
@@ -88,7 +94,7 @@ class Assembly:
             make = jax.jit(
                 lambda seed: _first_state(self.experiment, self.model, self.optimizer, seed),
                 out_shardings=jax.tree.map(lambda s: s.sharding, self.state),
-                compiler_options=QUICK if self.mesh.devices.flat[0].platform == "cpu" else None,
+                compiler_options=QUICK if parallel.platform_of(self.mesh) == "cpu" else None,
             )
             return make(np.asarray(self.experiment.seed, np.int32))
 

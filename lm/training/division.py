@@ -119,8 +119,7 @@ def check_attention(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     Raises:
       ConfigError: they cannot; one line for each reason.
     """
-    # What is only planned has no devices to ask.
-    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else None
+    platform = parallel.platform_of(mesh)
     found = [] if platform is None else platform_problems(experiment.model.attention.kernel, platform)
     shards = mesh.shape["context"]
     lengths = {"sequence_length": experiment.data.sequence_length, "encoder_length": experiment.data.encoder_length}

@@ -110,9 +110,8 @@ class TrainLoop:
         # Whether all processes know by now that one was asked to stop.
         self._stop_agreed = False
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
-        devices = assembly.mesh.devices
-        on_cpu = devices.flat[0].platform == "cpu"
-        self._one_at_a_time = devices.size > 1 and on_cpu
+        on_cpu = parallel.platform_of(assembly.mesh) == "cpu"
+        self._one_at_a_time = on_cpu and assembly.mesh.size > 1
         if on_cpu:
             parallel.keep_freed_memory()
 
@@ -394,4 +393,4 @@ def _record(loop: TrainLoop, force_config: bool) -> None:
         "data_fingerprint": data,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(loop.assembly.state.params)),
     }
-    write_record(loop.workdir, loop.config, loop.assembly.mesh, facts)
+    write_record(loop.workdir, loop.config, loop.assembly.device_mesh, facts)
