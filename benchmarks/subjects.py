@@ -142,7 +142,11 @@ CPU: dict[str, TrainStep | Generation] = {
     "train-small": TrainStep(_flat(_scaled(6, 512, 256)), Rows(8, 256, 8192), "GPT-2's shape, 6 layers of width 512"),
     "train-gpt2": TrainStep(_flat(_GPT2), Rows(1, 512, 50_257), "124M, batch 1 x 512"),
     "train-bert": TrainStep(_flat(_BERT), Rows(2, 128, 30_522), "BERT-base, batch 2 x 128, masked head, no dropout"),
-    "train-t5": TrainStep(_flat(_T5), Rows(1, 64, 32_128, 256), "T5-base, batch 1, encoder 256, decoder 64; AdamW"),
+    "train-t5": TrainStep(
+        _flat(dataclasses.replace(_T5, num_layers=2)),
+        Rows(2, 64, 32_128, 256),
+        "T5-base with 2 of 12 layers in each stack, batch 2, encoder 256, decoder 64; AdamW",
+    ),
     "train-moe": TrainStep(_flat(_MOE), Rows(4, 256, 8192), "Mixtral's shape, 8 experts, top 2, 4 layers of width 256"),
     "generate-tiny-1": Generation(_TINY, Rows(1, 64, 8192), 64),
     "generate-tiny-32": Generation(_TINY, Rows(32, 64, 8192), 64),
