@@ -22,12 +22,8 @@ _MAX_TOKENS = flags.DEFINE_integer("max_tokens", None, "Most tokens to make (def
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 is greedy, 1 is the model's own distribution.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k most likely tokens only.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the most likely tokens that make up this probability only.")
-_COMPONENT = flags.DEFINE_string(
-    "component", None, "Which objective of a mixture to prompt as (default: the first that will do)."
-)
-_MODE = flags.DEFINE_string(
-    "mode", None, "Which mode token announces a prompt to UL2: R, S or X (default: S; R to fill in)."
-)
+_COMPONENT = flags.DEFINE_string("component", None, "Objective of a mixture to prompt as (default: the first able).")
+_MODE = flags.DEFINE_string("mode", None, "Mode token of a prompt to UL2: R, S, X (default: S; R to fill in).")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; a prompt's text does not depend on the batch it sits in.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows made together.", lower_bound=1)
 
@@ -59,11 +55,11 @@ def main(_: list[str]) -> int:
     frame = choose_frame(traits, _COMPONENT.value, _MODE.value, fill_in=_SUFFIX.value is not None)
     most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, frame, suffix)
     most = most if _MAX_TOKENS.value is None else _MAX_TOKENS.value
+    settings = {"seed": _SEED.value, "frame": frame, "suffix": suffix}
     with run.assembly.placed():
         model, params = arrange(run.model, run.params)
         decoder = build_decoder(model, run.tokenizer, frame, sampling, most)
         if len(prompts) == 1:
-            settings = {"seed": _SEED.value, "frame": frame, "suffix": suffix}
             pieces = stream_text(decoder, params, run.tokenizer, prompts[0], **settings)
             # The first piece is made before anything is printed: a prompt that is too long is refused there.
             print(prompts[0] + next(pieces), end="", flush=True)
@@ -71,7 +67,7 @@ def main(_: list[str]) -> int:
                 print(piece, end="", flush=True)
             print(suffix)
             return 0
-        settings = {"batch_size": _BATCH_SIZE.value, "seed": _SEED.value, "frame": frame, "suffix": suffix}
+        settings["batch_size"] = _BATCH_SIZE.value
         completed = complete_texts(decoder, params, run.tokenizer, prompts, **settings)
         for i, (text, continuation) in enumerate(zip(prompts, completed, strict=True)):
             print(f"--- {i + 1} of {len(prompts)}\n{text}{continuation}{suffix}", flush=True)

@@ -128,11 +128,13 @@ def encode_prompts(
 
 def _ids(specials: SpecialTokens, names: Sequence[str]) -> list[int]:
     """Returns the ids of special tokens by their names."""
-    found = {name: specials.find(name) for name in names}
-    for name, token in found.items():
+    found = []
+    for name in names:
+        token = specials.find(name)
         if token is None:
             raise DecodingError(f"the tokenizer has no {name!r} token to put around a prompt, as training did")
-    return [token for token in found.values() if token is not None]
+        found.append(token)
+    return found
 
 
 def _text_of(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
