@@ -35,6 +35,8 @@ _SIGN = 0.2
 _LAST_WORDS = 2.0
 # What jax says where it finds neither a TPU pod, nor Slurm, nor Open MPI, nor Kubernetes.
 _NO_CLUSTER = "coordinator_address should be defined"
+# What jax says where devices are in use already, as in a notebook.
+_TOO_LATE = "must be called before any JAX calls"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,8 @@ def join(start: Start, folder: pathlib.Path) -> None:
         if _NO_CLUSTER not in str(error):
             raise UserError(f"jax could not find the processes of this run: {error}") from error
     except RuntimeError as error:
+        if start.coordinator is None and _TOO_LATE in str(error):
+            return  # whoever started jax has decided which processes there are
         raise UserError(
             f"cannot start at {distributed.global_state.coordinator_address}: {str(error).splitlines()[0]}"
         ) from error
