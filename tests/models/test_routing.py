@@ -111,10 +111,10 @@ def test_metrics_of_collapsed_and_uniform_routing():
 def test_load_of_each_expert_leaves_padding_out_and_is_left_out_where_it_would_be_endless():
     experts = np.array([[[0, 1], [0, 2], [3, 2], [3, 3]]])
     routed = _routing(experts, np.full((1, 4, 4), 0.25))._replace(valid_BT=jnp.asarray([[True, True, True, False]]))
-    found = routing.routing_metrics(routed, routing.selection_counts(routed), jnp.float32(0.0))
+    found = routing.routing_metrics(_tally(routed))
     np.testing.assert_allclose(_load(found["router/load_of_4"]), np.array([2, 1, 2, 1]) / 6)
     many = _routing(np.zeros((1, 4, 1)), np.full((1, 4, 65), 1 / 65))
-    found = routing.routing_metrics(many, routing.selection_counts(many), jnp.float32(0.0))
+    found = routing.routing_metrics(_tally(many))
     assert set(found) == {"router/max_load", "router/min_load", "router/entropy", "router/drop_rate"}
 
 
