@@ -41,7 +41,9 @@ def _mesh():
         yield
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("alike", "latent") else ()) for name in CONFIGS]
+)
 def test_generates_the_same_tokens(name):
     model = CONFIGS[name].build()
     params = model.init(jax.random.key(0))
