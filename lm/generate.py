@@ -25,9 +25,7 @@ _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the most likely tokens tha
 _COMPONENT = flags.DEFINE_string(
     "component", None, "Which objective of a mixture to prompt as (default: the first that will do)."
 )
-_MODE = flags.DEFINE_string(
-    "mode", None, "Which mode token announces a prompt to UL2: R, S or X (default: S; R to fill in)."
-)
+_MODE = flags.DEFINE_string("mode", None, "Mode token of a prompt to UL2: R, S or X (default: S; R to fill in).")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed; a prompt's text does not depend on the batch it sits in.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Rows made together.", lower_bound=1)
 
@@ -45,8 +43,7 @@ def _read_prompts() -> list[str]:
 
 def main(_: list[str]) -> int:
     """Generates with the run that the flags name."""
-    if _WORKDIR.value is None:
-        raise ConfigError("give --workdir=FOLDER of a trained run")
+    workdir = program.folder(_WORKDIR.value, "--workdir", " of a trained run")
     prompts = [prompt for prompt in _read_prompts() for _ in range(_NUM_SAMPLES.value)]
     from lm.decoding import Sampling, arrange, build_decoder, choose_frame, complete_texts, fit_max_tokens, stream_text
     from lm.training.assembly import load_run
@@ -54,7 +51,7 @@ def main(_: list[str]) -> int:
     sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
     if problems := sampling.problems():
         raise ConfigError("; ".join(f"--{problem}" for problem in problems))
-    run = load_run(_WORKDIR.value, _STEP.value)
+    run = load_run(workdir, _STEP.value)
     traits, suffix = run.experiment.objective.traits, _SUFFIX.value or ""
     frame = choose_frame(traits, _COMPONENT.value, _MODE.value, fill_in=_SUFFIX.value is not None)
     most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, frame, suffix)
