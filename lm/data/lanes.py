@@ -236,7 +236,7 @@ class Lanes:
         start = self._first - state["first"]
         if start < 0 or start + len(self._lanes) > len(state["cursors"]):
             last = state["first"] + len(state["cursors"])
-            raise ValueError(
+            raise DataError(
                 f"the data state holds rows {state['first']} to {last} of each batch, rows {self._first} to "
                 f"{self._first + len(self._lanes)} are needed: merge the states of all processes first"
             )
