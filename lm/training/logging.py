@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lm.experiment import LoggingConfig
 
 # What in a line of metrics.jsonl is no figure.
-_WORDS = ("split", "data_order")
+WORDS = ("split", "data_order")
 # Counts are below it; JSON has integers that no float holds.
 _BEYOND_NUMBERS = 1 << 63
 # Numbers of damaged lines that are told.
@@ -72,7 +72,7 @@ def _is_step(value: Any) -> bool:
 def _is_metrics(line: dict[str, Any]) -> bool:
     if not isinstance(line.get("split"), str):
         return False
-    return all(isinstance(value, str) if name in _WORDS else _is_figure(value) for name, value in line.items())
+    return all(isinstance(value, str) if name in WORDS else _is_figure(value) for name, value in line.items())
 
 
 def _is_figure(value: Any) -> bool:
