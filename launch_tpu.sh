@@ -2,7 +2,7 @@
 # Runs one command on every worker of a Cloud TPU VM or pod slice until it says that it is finished; see --help.
 #
 # Owns the life of the slice and of the command on it, and knows nothing of what the command does but its exit
-# status: 0 finished, 75 saved and to be started again, 2 something for a human to mend, anything else a failure.
+# status: 0 finished, 75 saved and to be started again, 2 or 70 something for a human, anything else a failure.
 # Laws: it never deletes a slice that is alive without being told to; it can be interrupted and started again at
 # any moment, because all state is in the cloud; what cannot be read is never taken for "it is not there".
 #
@@ -12,7 +12,7 @@
 set -euo pipefail
 
 readonly PROGRAM="launch_tpu"
-readonly EXIT_USAGE=2 EXIT_PREEMPTED=75
+readonly EXIT_USAGE=2 EXIT_SICK=70 EXIT_PREEMPTED=75
 # A start that lasted this long was healthy: failures are counted anew after it.
 readonly HEALTHY_SECONDS=1800 LONGEST_BACKOFF=600 MOST_LOG_BYTES=1048576 MOST_TRIES=5
 
@@ -30,7 +30,8 @@ For example:
 It creates the slice or takes the one of that name, copies the working tree (uncommitted changes too, ignored files
 not) to ~/lm of every worker, installs it, starts COMMAND there detached, and shows worker 0's log. COMMAND runs in
 ~/lm with the installed Python first on the PATH. Exit status 0 of COMMAND on all workers is the end; 75 (saved, to
-be started again), a reboot or a preemption start it again; 2 stops at once; any other is tried again a few times.
+be started again), a reboot or a preemption start it again; 2 and 70 (the run is sick) stop at once; any other is
+tried again a few times.
 Interrupt this script as you like: COMMAND goes on, and the same command line takes up watching it.
 
 The slice:
@@ -65,7 +66,8 @@ Endings:
 A preempted slice leaves its name behind; that empty name is removed so that the slice can be created again. Nothing
 else is ever deleted without --delete or --delete_when_done, so a slice goes on costing money until you delete it.
 
-Exit status: 0 finished, 2 something to mend (also COMMAND's own 2), 75 stopped or preempted, 1 given up.
+Exit status: 0 finished, 2 something to mend (also COMMAND's own 2), 70 COMMAND's own, 75 stopped or preempted,
+1 given up.
 HELP
 }
 
@@ -467,10 +469,10 @@ send_tree() {
   done
 }
 
-# Counts in running, finished, saved, bad, failed, rebooted, absent, other, stopped; returns 1 if a worker is silent.
+# Counts in running, finished, saved, bad, sick, failed, rebooted, absent, other, stopped; returns 1 if a worker is silent.
 poll() {
   local word what code which mark
-  running=0 finished=0 saved=0 bad=0 failed=0 rebooted=0 absent=0 other=0 stopped=0
+  running=0 finished=0 saved=0 bad=0 sick=0 failed=0 rebooted=0 absent=0 other=0 stopped=0
   on_workers all status "${command_line[@]}" || true
   if [[ $dry_run == yes ]]; then
     if [[ $started == yes ]]; then finished=$workers; else absent=$workers; fi
@@ -484,6 +486,7 @@ poll() {
       exited:0) finished=$((finished + 1)) ;;
       exited:"$EXIT_PREEMPTED") saved=$((saved + 1)) ;;
       exited:"$EXIT_USAGE") bad=$((bad + 1)) ;;
+      exited:"$EXIT_SICK") sick=$((sick + 1)) ;;
       rebooted:*) rebooted=$((rebooted + 1)) ;;
       absent:*) absent=$((absent + 1)) ;;
       *)
@@ -492,7 +495,7 @@ poll() {
         ;;
     esac
   done < <(grep -o 'lm-worker .*' "$scratch/said" || true)
-  ((running + finished + saved + bad + failed + rebooted + absent == workers))
+  ((running + finished + saved + bad + sick + failed + rebooted + absent == workers))
 }
 
 # Prints what worker 0's log has more than the last time; a lost connection costs nothing but time.
@@ -563,6 +566,8 @@ watch() {
       outcome=finished
     elif ((bad > 0)); then
       outcome=bad
+    elif ((sick > 0)); then
+      outcome=sick
     elif ((stopped > 0)); then
       outcome=stopped
     elif ((rebooted > 0 || absent > 0)); then
@@ -612,6 +617,7 @@ launch() {
     case $outcome in
       finished) break ;;
       bad) end "$EXIT_USAGE" "the command says that something must be mended (exit status 2); see its last lines above" ;;
+      sick) end "$EXIT_SICK" "the run is sick (exit status 70) and would be again; its report is above" ;;
       stopped) end "$EXIT_PREEMPTED" "the command was stopped; the same command line goes on with it" ;;
       saved) say "the command saved and stopped (exit status 75); starting it again" ;;
       rebooted) say "a worker restarted; starting the command again" ;;

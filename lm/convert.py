@@ -57,12 +57,11 @@ def _to_checkpoint(source: str, target: str) -> str:
 
 def main(_: list[str]) -> int:
     """Converts what the flags name."""
-    if _FROM.value is None or _TO.value is None:
-        raise ConfigError("give --from=DIR and --to=DIR")
+    source, target = program.folder(_FROM.value, "--from"), program.folder(_TO.value, "--to")
     from lm.interop import is_checkpoint
 
-    convert = _to_run if is_checkpoint(_FROM.value) else _to_checkpoint
-    print(convert(_FROM.value, _TO.value))
+    convert = _to_run if is_checkpoint(source) else _to_checkpoint
+    print(convert(source, target))
     return 0
 
 

@@ -23,30 +23,27 @@ program.define_start()
 
 def main(_: list[str]) -> int:
     """Evaluates the run that the flags name."""
-    if _WORKDIR.value is None:
-        raise ConfigError("give --workdir=FOLDER of a trained run")
+    workdir = program.folder(_WORKDIR.value, "--workdir", " of a trained run")
     from lm.evaluation.heldout import make_evaluate
     from lm.evaluation.yardstick import choose_yardstick
     from lm.parallel import processes
     from lm.training.assembly import load_run
 
     start = processes.Start(**program.start())
-    with processes.joined(start, pathlib.Path(_WORKDIR.value) / "processes" / "evaluate"):
-        run = load_run(_WORKDIR.value, _STEP.value)
+    with processes.joined(start, pathlib.Path(workdir) / "processes" / "evaluate"):
+        run = load_run(workdir, _STEP.value)
         data = None
         if _DATA.value is not None:
             data = dataclasses.replace(run.experiment.data, source=_DATA.value, validation_fraction=1.0)
         figures = make_evaluate(run.assembly, data, _BATCH_SIZE.value)(run.params, True)
     if not figures:
-        raise ConfigError(
-            f"{_WORKDIR.value} held nothing out (data.validation_fraction is 0); name text with --data=FILES"
-        )
+        raise ConfigError(f"{workdir} held nothing out (data.validation_fraction is 0); name text with --data=FILES")
     if not processes.is_first():
         return 0
     if _JSON.value:
         print(json.dumps({"step": run.step, **figures}))
         return 0
-    print(f"{_WORKDIR.value}, step {run.step}: {figures['tokens']:,.0f} held-out tokens, {figures['bytes']:,.0f} bytes")
+    print(f"{workdir}, step {run.step}: {figures['tokens']:,.0f} held-out tokens, {figures['bytes']:,.0f} bytes")
     print(f"  loss             {figures['nll']:.4f} nats/token")
     print(f"  perplexity       {figures['perplexity']:.2f}")
     print(f"  accuracy         {figures['accuracy']:.2%}")

@@ -124,6 +124,28 @@ def _help(argv: Sequence[str], module: str, schema: Callable[[], type] | None) -
     return "\n".join(lines)
 
 
+def folder(path: str | None, flag: str, what: str = "") -> str:
+    """Returns the path of a folder that a flag names, if it is one on a file system.
+
+    Args:
+      path: the flag's value.
+      flag: its name.
+      what: of which the folder is, for the sentence that asks for it.
+
+    Raises:
+      ConfigError: there is none (also where the shell's variable was not set), or it is an address such as
+        gs://bucket/run, of which a folder called `gs:` would be made.
+    """
+    if path is None or not path.strip():
+        raise ConfigError(f"give {flag}=FOLDER{what}")
+    if re.match(r"[A-Za-z][\w+.-]*:/", path):
+        raise ConfigError(
+            f"{flag}={path}: an address is no folder; mount the bucket, as launch_tpu.sh --bucket=gs://NAME does "
+            f"(docs/tpu.md), and give its path there, such as {flag}=bucket/RUN"
+        )
+    return path
+
+
 def define_start() -> None:
     """Defines the flags by which the processes of a run find each other; see `start`."""
     flags.DEFINE_string(

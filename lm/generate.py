@@ -41,8 +41,7 @@ def _read_prompts() -> list[str]:
 
 def main(_: list[str]) -> int:
     """Generates with the run that the flags name."""
-    if _WORKDIR.value is None:
-        raise ConfigError("give --workdir=FOLDER of a trained run")
+    workdir = program.folder(_WORKDIR.value, "--workdir", " of a trained run")
     prompts = [prompt for prompt in _read_prompts() for _ in range(_NUM_SAMPLES.value)]
     from lm.decoding import Sampling, arrange, build_decoder, choose_frame, complete_texts, fit_max_tokens, stream_text
     from lm.training.assembly import load_run
@@ -50,7 +49,7 @@ def main(_: list[str]) -> int:
     sampling = Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value)
     if problems := sampling.problems():
         raise ConfigError("; ".join(f"--{problem}" for problem in problems))
-    run = load_run(_WORKDIR.value, _STEP.value)
+    run = load_run(workdir, _STEP.value)
     traits, suffix = run.experiment.objective.traits, _SUFFIX.value or ""
     frame = choose_frame(traits, _COMPONENT.value, _MODE.value, fill_in=_SUFFIX.value is not None)
     most = fit_max_tokens(run.model, run.tokenizer, prompts, 256, frame, suffix)

@@ -54,19 +54,18 @@ def main(_: list[str]) -> None:
         print("\n".join(preparation.describe_tokenizer(tokenizers.load(_INSPECT.value), _TEXT.value)))
         return
     config = _config()
-    if _OUTPUT.value is None:
-        raise ConfigError("give --output=FOLDER for what is made, or --inspect=TOKENIZER to look at one")
+    output = program.folder(_OUTPUT.value, "--output", " for what is made, or --inspect=TOKENIZER to look at one")
     if problems := config.problems():
         shown = [problem.replace("data.tokenizer.", "--").replace("data.source:", "--input:") for problem in problems]
         raise ConfigError("\n".join(shown))
     if not _TOKENIZE.value:
-        tokenizer = preparation.train_tokenizer(config, _OUTPUT.value)
-        print("\n".join([f"wrote {_OUTPUT.value}", *preparation.describe_tokenizer(tokenizer, _TEXT.value)]))
+        tokenizer = preparation.train_tokenizer(config, output)
+        print("\n".join([f"wrote {output}", *preparation.describe_tokenizer(tokenizer, _TEXT.value)]))
         return
-    print(preparation.tokenize(config, None, _OUTPUT.value, _NUM_WORKERS.value))
+    print(preparation.tokenize(config, None, output, _NUM_WORKERS.value))
     if _SHOW_ROWS.value:
-        tokenizer = tokenizers.load(f"{_OUTPUT.value}/{preparation.TOKENIZER_FOLDER}")
-        shown = dataclasses.replace(config, source=_OUTPUT.value)
+        tokenizer = tokenizers.load(f"{output}/{preparation.TOKENIZER_FOLDER}")
+        shown = dataclasses.replace(config, source=output)
         print("\n".join(preparation.describe_rows(shown, Causal(), tokenizer, _SHOW_ROWS.value)))
 
 

@@ -19,11 +19,12 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object with every value
 
 def main(_: list[str]) -> int:
     """Shows the batch that the flags name."""
-    if _WORKDIR.value is None or _STEP.value is None:
-        raise ConfigError("give --workdir=FOLDER of a run and --step=NUMBER")
+    workdir = program.folder(_WORKDIR.value, "--workdir", " of a run and --step=NUMBER")
+    if _STEP.value is None:
+        raise ConfigError("give --step=NUMBER: which step's batch, from 1")
     from lm.training.replay import first_rows, replay, show, to_json
 
-    replayed, vocabulary, experiment = replay(_WORKDIR.value, _STEP.value)
+    replayed, vocabulary, experiment = replay(workdir, _STEP.value)
     if _ROWS.value is not None:
         replayed = first_rows(replayed, _ROWS.value)
     if _JSON.value:

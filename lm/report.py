@@ -26,14 +26,16 @@ def main(workdirs: list[str]) -> int:
         raise ConfigError("name the folder of at least one run")
     from lm.evaluation.comparison import draw_comparison, load_facts, write_table
     from lm.evaluation.curves import draw_curves, load_history
+    from lm.training.logging import WORDS
 
-    folders = [pathlib.Path(workdir) for workdir in workdirs]
+    folders = [pathlib.Path(program.folder(workdir, "RUN", " of a run")) for workdir in workdirs]
     histories, value = [load_history(folder) for folder in folders], _VALUE.value
     for folder, history in zip(folders, histories, strict=True):
-        known = {name: None for lines in (history.train, history.validation) for name in (lines[-1] if lines else {})}
+        last = {name: None for lines in (history.train, history.validation) for name in (lines[-1] if lines else {})}
+        known = [name for name in last if name not in WORDS]
         if value not in known:
             raise ConfigError(f"--value={value} is not in {folder}/metrics.jsonl; there are {', '.join(known)}")
-    output = pathlib.Path(_OUTPUT.value)
+    output = pathlib.Path(program.folder(_OUTPUT.value, "--output"))
     # Runs are laid side by side by what was held out; what only training lines have is drawn against steps.
     compared = len(folders) > 1 and all(any(value in line for line in history.validation) for history in histories)
     try:

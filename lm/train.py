@@ -5,7 +5,7 @@ same losses, bit for bit. Any field of the config is overridden by --config.PATH
 see them all. Several processes are one run: the same command in each, with --coordinator, --num_processes and
 --process_id where jax cannot find them itself.
 Exit status: 0 finished, 75 asked to stop and saved, 2 something to mend, 70 stopped by itself with a report on bad
-numbers or wrong hardware (do not start it again as it is).
+numbers or wrong hardware (do not start it again as it is), 69 a process did not join in time (start all again).
 """
 
 import sys
@@ -13,7 +13,6 @@ import sys
 from absl import flags
 
 from lm import flags as program
-from lm.config import ConfigError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, tokenizer.")
 _FORCE = flags.DEFINE_bool("force_config", False, "Go on in a folder that holds another config.")
@@ -28,8 +27,7 @@ def _schema() -> type:
 
 def main(_: list[str]) -> int:
     """Trains the run that the flags name."""
-    if _WORKDIR.value is None:
-        raise ConfigError("give --workdir=FOLDER, where the run is kept")
+    workdir = program.folder(_WORKDIR.value, "--workdir", ", where the run is kept")
     experiment = program.config(_schema())
     experiment.validate()
     # Only now the parts that start the devices.
@@ -40,7 +38,7 @@ def main(_: list[str]) -> int:
     from lm.training.loop import EXIT_PREEMPTED, train
     from lm.training.workdir import open_workdir
 
-    start, folder, force = processes.Start(**program.start()), open_workdir(_WORKDIR.value), _FORCE.value
+    start, folder, force = processes.Start(**program.start()), open_workdir(workdir), _FORCE.value
     with processes.joined(start, folder / "processes" / "train"):
         try:
             finished = train(experiment, str(folder), make_evaluate, force_config=force, import_params=import_params)

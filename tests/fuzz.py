@@ -399,6 +399,115 @@ def _records() -> list[bytes]:
     return [json.dumps({"config": {}, "starts": starts}).encode(), b'{"starts": []}']
 
 
+def _read_metrics(folder: pathlib.Path, data: bytes) -> None:
+    from lm.evaluation import comparison, curves
+    from lm.training import events, timeline
+
+    (folder / "metrics.jsonl").write_bytes(data)
+    (folder / "events.jsonl").write_bytes(data)
+    assert all(isinstance(event["step"], int) for event in events.read_events(folder))
+    assert all(value >= 0 for value in timeline.read_seconds(folder, 2).values())
+    history = curves.load_history(folder)
+    assert comparison.write_table([history], [comparison.load_facts(folder)]).count("\n") == 3
+    comparison.held_out(history, "bits_per_byte", "minutes")
+    curves._points(history.train, "loss")
+
+
+def _metrics() -> list[bytes]:
+    lines = [
+        {"step": 1, "split": "train", "data_order": "6f", "loss": 2.5, "total_tokens": 9, "time/step": 0.5},
+        {"step": 2, "split": "train", "loss": "nan", "total_flops": 1e9, "seconds_per_step": 0.1, "time/data": 1.0},
+        {"step": 2, "split": "validation", "nll": 2.0, "bits_per_byte": 1.0, "unigram_bits_per_byte": 3.0},
+        {"time": "2026-01-01T00:00:00Z", "kind": "slow", "step": 2, "stack": ["x"]},
+    ]
+    return ["\n".join(map(json.dumps, lines)).encode(), *(json.dumps(line).encode() for line in lines[1:3])]
+
+
+def _read_facts(name: str) -> Callable[[pathlib.Path, bytes], object]:
+    """Reads what a run is where the file of the given name is the data."""
+
+    def read(folder: pathlib.Path, data: bytes) -> None:
+        from lm.evaluation import comparison
+        from lm.training import timeline, workdir
+
+        (folder / name).write_bytes(data)
+        facts = comparison.load_facts(folder)
+        history = comparison.History("x", [], [])
+        assert comparison.write_table([history], [facts]).count("\n") == 3
+        if starts := workdir.read_starts(folder):
+            assert timeline.age(starts) >= 0
+
+    return read
+
+
+@functools.cache
+def _batches():
+    from lm.data import DataConfig, tokenizers, train_batches
+    from lm.objectives import Causal
+
+    folder = pathlib.Path(tempfile.mkdtemp())
+    (folder / "a.txt").write_text("the quick brown fox\n" * 5)
+    data = DataConfig(
+        source=f"{folder}/a.txt", tokenizer=tokenizers.Bytes(), sequence_length=8, validation_fraction=0, prefetch=0
+    )
+    return train_batches(data, Causal(), tokenizers.Bytes().build(None), 2)
+
+
+def _read_saved(folder: pathlib.Path, data: bytes) -> None:
+    """Goes on from what a checkpoint says of the data, as the loop and lm.replay do."""
+    from lm.config import UserError
+    from lm.training.health import read_saved
+
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        raise UserError("Orbax finds JSON that is none, and the loop takes the checkpoint before it") from None
+    state, counters = read_saved(found)
+    assert counters.seen_tokens >= 0
+    batches = _batches()
+    batches.set_state(state)
+    next(batches)
+    assert batches.get_state()["batches"] == state["batches"] + 1
+
+
+def _saved() -> list[bytes]:
+    from lm.training.health import Counters
+
+    batches = _batches()
+    next(batches)
+    return [json.dumps({"batches": batches.get_state(), "counters": dataclasses.asdict(Counters())}).encode()]
+
+
+def _read_roll_backs(folder: pathlib.Path, data: bytes) -> None:
+    from lm.training.order import Detours
+
+    (folder / "rollbacks.json").write_bytes(data)
+    assert Detours(folder).batch_number(9) >= 9
+
+
+def _read_manifest(folder: pathlib.Path, data: bytes) -> None:
+    from lm.config import UserError
+    from lm.training import manifests
+
+    (folder / "a").write_bytes(b"a")
+    (folder / manifests.MANIFEST).write_bytes(data)
+    if damage := manifests.find_damage(folder):
+        raise UserError(damage)
+    manifests.read_manifest(folder)
+
+
+def _manifests() -> list[bytes]:
+    from lm.training import manifests
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = pathlib.Path(made)
+        (folder / "a").write_bytes(b"a")
+        manifests.write_manifest(folder, {"step": 1, "metrics": {"nll": 2.0}})
+        sound = (folder / manifests.MANIFEST).read_bytes()
+    outside = json.loads(sound) | {"files": {f"../{CANARY}": [19, "0"]}}
+    return [sound, json.dumps(outside).encode()]
+
+
 TARGETS = {
     "text": Target(_texts("a.txt"), lambda: [b"one\ntwo \xc3\xa4\n", b"\xef\xbb\xbfx"]),
     "text_gz": Target(_texts("a.txt.gz"), lambda: [_gz(b"one\ntwo"), _gz(b"a") + _gz(b"b")]),
@@ -423,6 +532,12 @@ TARGETS = {
     "config": Target(_read_config, _configs),
     "overrides": Target(_read_overrides, _overrides),
     "record": Target(_read_record, _records),
+    "metrics": Target(_read_metrics, _metrics),
+    "facts_config": Target(_read_facts("config.json"), _configs),
+    "facts_record": Target(_read_facts("run.json"), _records),
+    "checkpoint_data": Target(_read_saved, _saved),
+    "checkpoint_manifest": Target(_read_manifest, _manifests),
+    "roll_backs": Target(_read_roll_backs, lambda: [b'[{"after": 1, "batches": 3, "spike": 4}]', b"[]"]),
     "safetensors": Target(_read_safetensors, lambda: list(_safetensors())),
     "safetensors_index": Target(_read_index, _indexes),
     "interop_config": Target(_read_interop, _interop),

@@ -30,6 +30,8 @@ from lm.document import Context, Objective
 State = dict[str, Any]
 # Keeps the draws of the order of rows apart from all others.
 _ROW_ORDER = 0x524F57
+# Of windows, rows and documents; what a state may say.
+_BEYOND_PLACES = 1 << 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,10 +232,11 @@ class Lanes:
     def set_state(self, state: State) -> None:
         """Goes to a state of these rows or of more; raises `ValueError` if it is of another run or lacks rows."""
         _check_identity(self._identity, state)
+        _check_place(state, self._lanes[0].cursors)
         start = self._first - state["first"]
         if start < 0 or start + len(self._lanes) > len(state["cursors"]):
             last = state["first"] + len(state["cursors"])
-            raise ValueError(
+            raise DataError(
                 f"the data state holds rows {state['first']} to {last} of each batch, rows {self._first} to "
                 f"{self._first + len(self._lanes)} are needed: merge the states of all processes first"
             )
@@ -283,6 +286,7 @@ class SinglePass:
     def set_state(self, state: State) -> None:
         """Goes to a state; raises `ValueError` if it is of another run."""
         _check_identity(self._identity, state)
+        _check_place(state | {"cursors": [state.get("cursors")]}, self._lane.cursors)
         self._batches = state["batches"]
         self._lane.set_cursors(state["cursors"])
 
@@ -294,6 +298,23 @@ def _check_identity(expected: State, state: State) -> None:
                 f"the data state was saved with {name} {state.get(name)}, now it is {value}: the same batches cannot "
                 "follow; start a new run from the weights with --config.init_from"
             )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and 0 <= value < _BEYOND_PLACES
+
+
+def _check_place(state: State, like: list[list[int]]) -> None:
+    """Raises `DataError` unless a state has numbers where it should, with as many for each lane as `like`."""
+    sound = all(_is_number(state.get(name)) for name in ("batches", "first")) and isinstance(state.get("cursors"), list)
+    for cursors in state["cursors"] if sound else ():
+        sound &= isinstance(cursors, list) and len(cursors) == len(like)
+        sound = sound and all(
+            isinstance(cursor, list) and len(cursor) == len(like[0]) and all(map(_is_number, cursor))
+            for cursor in cursors
+        )
+    if not sound:
+        raise DataError("the data state is damaged: its batches, rows and cursors are no places in the data")
 
 
 def merge_states(states: Sequence[State]) -> State:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lm.config import UserError
 from lm.evaluation.curves import History
 
 # Figure of the train lines, or "minutes", and how the axis is called.
@@ -33,15 +34,32 @@ class Facts:
 
 
 def load_facts(workdir: pathlib.Path) -> Facts:
-    """Reads what a run is from its folder; a question mark stands for what is not there."""
+    """Reads what a run is from its folder; a question mark stands for what is not there.
+
+    Raises:
+      UserError: a file is there and is damaged.
+    """
 
     def read(name: str) -> dict[str, Any]:
         file = workdir / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not file.exists():
+            return {}
+        try:
+            return _as_object(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file} is damaged ({error}); move it away to draw the run without it") from error
 
-    config, starts = read("config.json"), read("run.json").get("starts", [{}])
-    names = [config.get(section, {}).get("type", "?") for section in ("model", "objective")]
-    return Facts(*names, parameters=starts[-1].get("parameters"))
+    config, starts = read("config.json"), read("run.json").get("starts")
+    names = [_as_object(config.get(section)).get("type") for section in ("model", "objective")]
+    parameters = _as_object(starts[-1]).get("parameters") if isinstance(starts, list) and starts else None
+    return Facts(
+        *(name if isinstance(name, str) and name.isidentifier() else "?" for name in names),
+        parameters=parameters if isinstance(parameters, int) else None,
+    )
+
+
+def _as_object(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def progress(history: History, axis: str) -> tuple[np.ndarray, np.ndarray]:

@@ -73,8 +73,9 @@ def draw_curves(histories: list[History], file: pathlib.Path, value: str = "bits
                 color=colour if len(histories) > 1 else "C1",
                 label=None if len(histories) > 1 else f"held-out (last {held_out[-1]:.3f})",
             )
-        if len(histories) == 1 and history.validation and value == "bits_per_byte":
-            unigram = history.validation[-1]["unigram_bits_per_byte"]
+        last = history.validation[-1] if history.validation else {}
+        if len(histories) == 1 and value == "bits_per_byte" and "unigram_bits_per_byte" in last:
+            unigram = float(last["unigram_bits_per_byte"])
             axis.axhline(unigram, color="grey", linestyle="--", linewidth=1, label=f"unigram entropy ({unigram:.3f})")
     axis.set_xlabel("step")
     axis.set_ylabel(value.replace("_", " "))

@@ -1,7 +1,7 @@
-"""Code of one device: `jax.shard_map` with places told by the meaning of axes.
+"""Code of one device for a whole layer: `by_shards` with places told by the meaning of axes.
 
-The only file that enters a manual region for a layer. Knows no model. Law: what `by_device` computes
-is a function of the whole arrays; how they are cut changes nothing but rounding.
+Within it nothing is placed by `constrain`, and weights are gathered by hand. Knows no model. Law: what
+`by_device` computes is a function of the whole arrays; how they are cut changes nothing but rounding.
 """
 
 import math
@@ -12,6 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lm.parallel.axes import current, inside, inside_device, spec
+from lm.parallel.shards import by_shards
 
 
 def carriers(entry: Any) -> tuple[str, ...]:
@@ -46,21 +47,12 @@ def by_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
       in_specs: PartitionSpecs of the arguments.
       out_specs: PartitionSpecs of the result; along axes that they leave out, devices agree.
     """
-    mesh, _ = current()
-    taken = jax.sharding.get_abstract_mesh().manual_axes
 
     def alone(*arguments: Any) -> Any:
         with inside():
             return function(*arguments)
 
-    # The types that say what varies over which axis do not survive a gradient in nested regions (jax 0.10.2).
-    return jax.shard_map(
-        alone,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(mesh.axis_names) - set(taken),
-        check_vma=False,
-    )
+    return by_shards(alone, in_specs, out_specs, checked=False)
 
 
 def own_part(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -33,6 +33,8 @@ from lm.parallel.axes import Rules, spec
 _SIGN = 0.2
 # Seconds that the first process lets the others speak when all end with an error.
 _LAST_WORDS = 2.0
+# sysexits.h EX_UNAVAILABLE: nothing is known to be wrong with the input; starting all of them again may help.
+EXIT_NOT_JOINED = 69
 # What jax says where it finds neither a TPU pod, nor Slurm, nor Open MPI, nor Kubernetes.
 _NO_CLUSTER = "coordinator_address should be defined"
 # What jax says where devices are in use already, as in a notebook.
@@ -150,7 +152,7 @@ def _watch(start: Start, folder: pathlib.Path, joined: threading.Event) -> None:
         if waited >= start.join_timeout:
             sentence = missing_sentence(start, state.process_id, state.num_processes, roll.look())
             print(f"{pathlib.Path(sys.argv[0]).stem}: {sentence}", file=sys.stderr, flush=True)
-            os._exit(2)
+            os._exit(EXIT_NOT_JOINED)
     if state.client is not None:
         roll.leave(state.process_id)
 
@@ -166,7 +168,7 @@ def join(start: Start, folder: pathlib.Path) -> None:
 
     Raises:
       ConfigError: the settings cannot work. UserError: the address cannot be used. Where a process never joins,
-        the program ends here with status 2 and a sentence that names it.
+        the program ends here with status 69 and a sentence that names it.
     """
     found = start.problems()
     if found:

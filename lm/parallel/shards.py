@@ -1,6 +1,6 @@
 """Code that is written for one device's shards: where it begins and ends, and what it sends along `context`.
 
-Owns the use of `jax.shard_map` for attention and the collectives of the sequence: a ring, the deal that gives
+Owns the use of `jax.shard_map` inside a model, and the collectives of the sequence: a ring, the deal that gives
 each device as much causal work as any other, and the exchange of heads for positions. Knows no attention.
 Laws: `undeal(deal(x)) == x`, `to_length(to_heads(x)) == x`, `n` times `shift` is the identity; gradients of
 what all devices share are summed over them.
@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from lm.parallel.axes import current
 
@@ -30,9 +29,7 @@ def vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def by_shards(
-    function: Callable[..., jax.Array], in_specs: Any, out_specs: PartitionSpec, checked: bool = True
-) -> Callable[..., jax.Array]:
+def by_shards(function: Callable[..., Any], in_specs: Any, out_specs: Any, checked: bool = True) -> Callable[..., Any]:
     """Returns a function of whole arrays that runs `function` on each device's shards.
 
     Every mesh axis is in the hands of `function` (but those that an enclosing one already has), so that it may
@@ -40,16 +37,17 @@ def by_shards(
     compute the same.
 
     Args:
-      function: of shards to a shard.
+      function: of shards to a shard, or a tree of them.
       in_specs: for each argument, a tree of PartitionSpecs like it.
-      out_specs: of the result.
+      out_specs: of the result, a tree of PartitionSpecs like it; where `checked`, one.
       checked: whether jax follows which values differ between devices; not through a kernel that it does not see into,
         and never inside another such region, where a gradient does not survive it (jax 0.10.2).
     """
     mesh, _ = current()
     taken = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
     checked = checked and not taken
-    named = {axis for entry in out_specs for axis in ((entry,) if isinstance(entry, str) else entry or ())}
+    entries = out_specs if checked else ()
+    named = {axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry or ())}
 
     def vary(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -47,6 +47,15 @@ class Advance:
         # Keeps its arguments, so that it can be called on them again.
         self._repeatable: Callable[[TrainState, Batch], Result] = jax.jit(step)
         self._count = jax.jit(count_differences)
+        # Whether a step of each kind has been done: once, and twice to compare.
+        self._done: set[bool] = set()
+
+    def _is_repeated(self, number: int) -> bool:
+        return self._every is not None and number % self._every == 0
+
+    def compiles(self, number: int) -> bool:
+        """Returns whether step `number` will be the first of its kind in this process, which has to be compiled."""
+        return self._is_repeated(number) not in self._done
 
     def __call__(self, state: TrainState, batch: Batch, number: int) -> Result:
         """Returns the next state and the metrics of step `number`, from 1; the old state must not be used again.
@@ -54,7 +63,9 @@ class Advance:
         Raises:
           UnequalError: the step was computed twice and the results differ.
         """
-        if self._every is None or number % self._every:
+        is_repeated = self._is_repeated(number)
+        self._done.add(is_repeated)
+        if not is_repeated:
             return self._step(state, batch)
         result, again = self._repeatable(state, batch), self._repeatable(state, batch)
         counts = jax.tree_util.tree_leaves_with_path(jax.device_get(self._count(result, again)))

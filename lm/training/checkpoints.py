@@ -74,7 +74,7 @@ def steps_to_keep(directory: pathlib.Path, config: CheckpointConfig) -> set[int]
     steps = saved_steps(directory)
     losses = {}
     for step in steps if config.keep_best else ():
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             metrics = (read_manifest(directory / str(step)) or {}).get("metrics")
             if metrics:
                 losses[step] = metrics["nll"]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from lm.training.logging import read_metrics
+from lm.training.logging import read_log
 
 
 class Events:
@@ -38,6 +38,6 @@ class Events:
 
 def read_events(workdir: pathlib.Path, kind: str | None = None) -> Iterator[dict[str, Any]]:
     """Yields the events of the first process, all or those of one kind, oldest first."""
-    for line in read_metrics(workdir / "events.jsonl"):
+    for line in read_log(workdir / "events.jsonl", lambda line: isinstance(line.get("kind"), str)):
         if kind is None or line["kind"] == kind:
             yield line

@@ -11,6 +11,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from lm.batch import Batch
+from lm.config import UserError
 from lm.experiment import HealthConfig
 from lm.training.agreement import Word
 from lm.training.events import Events
@@ -41,6 +42,23 @@ class Counters:
     skipped_steps: int = 0
     data_order: str = ""
     skipped_in_a_row: int = 0
+
+
+def read_saved(data: Any) -> tuple[dict[str, Any], Counters]:
+    """Returns what a checkpoint says of the data: the state of the batches, which they check, and the counters.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    counters = data.get("counters") if isinstance(data, dict) else None
+    names = {field.name for field in dataclasses.fields(Counters)}
+    if not isinstance(counters, dict) or not isinstance(data.get("batches"), dict) or not counters.keys() <= names:
+        raise UserError("a checkpoint is damaged: its data are not the state of the batches and the run's counters")
+    for name, value in counters.items():
+        kind = type(getattr(Counters(), name))
+        if type(value) is not kind or (kind is int and value < 0):
+            raise UserError(f"a checkpoint is damaged: its {name} cannot be {str(value)[:40]!a}")
+    return data["batches"], Counters(**counters)
 
 
 class Finished(NamedTuple):

@@ -4,6 +4,7 @@ Knows no model and no device. Law: metrics.jsonl is the history of one run; line
 resumed run does again are taken back first, so the file equals that of an unbroken run but for times.
 """
 
+import io
 import json
 import math
 import os
@@ -23,6 +24,13 @@ from tqdm import tqdm
 
 from lm.experiment import LoggingConfig
 
+# What in a line of metrics.jsonl is no figure.
+WORDS = ("split", "data_order")
+# Counts are below it; JSON has integers that no float holds.
+_BEYOND_NUMBERS = 1 << 63
+# Numbers of damaged lines that are told.
+_SHOWN = 5
+
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a whole file or nothing: to a temporary name, then renamed."""
@@ -31,17 +39,46 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a metrics.jsonl; a last line cut short by a kill is passed over."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+def read_log(path: pathlib.Path, is_sound: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
+    """Yields the objects of a file with one in each line, those with a step that are sound.
+
+    Others are passed over and told, by the number of the line; a last line cut short by a kill goes without saying.
+    """
+    damaged = []
+    with path.open(encoding="utf-8", errors="replace") if path.is_file() else io.StringIO() as file:
+        for number, line in enumerate(file, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                if line.endswith("\n"):
-                    raise
+                found = json.loads(line)
+            except (ValueError, RecursionError):
+                found = None
+            if isinstance(found, dict) and _is_step(found.get("step")) and is_sound(found):
+                yield found
+            elif line.endswith("\n"):
+                damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:_SHOWN])) + (", ..." if len(damaged) > _SHOWN else "")
+        logging.warning("%s: %d damaged line(s) passed over: %s", path, len(damaged), shown)
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a metrics.jsonl; damaged ones are passed over, as `read_log` does."""
+    return read_log(path, _is_metrics)
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _BEYOND_NUMBERS
+
+
+def _is_metrics(line: dict[str, Any]) -> bool:
+    if not isinstance(line.get("split"), str):
+        return False
+    return all(isinstance(value, str) if name in WORDS else _is_figure(value) for name, value in line.items())
+
+
+def _is_figure(value: Any) -> bool:
+    if isinstance(value, int):
+        return abs(value) < _BEYOND_NUMBERS
+    return isinstance(value, float) or value in ("nan", "inf", "-inf")
 
 
 class MetricsWriter:

@@ -38,7 +38,7 @@ from lm.training.assembly import (
 from lm.training.checkpoints import Checkpoints, Restored
 from lm.training.diagnosis import find_first_bad
 from lm.training.events import Events
-from lm.training.health import Counters, Finished, Health, SickRunError, Verdict
+from lm.training.health import Counters, Finished, Health, SickRunError, Verdict, read_saved
 from lm.training.order import Detours, PassedOver, chain
 from lm.training.recorder import Recorder
 from lm.training.state import TrainState, Tree
@@ -104,7 +104,6 @@ class TrainLoop:
         self._detours = Detours(workdir)
         # A step that asks for more than going on, and what it asks for.
         self._verdict: tuple[Verdict, Finished] | None = None
-        self._is_compiled = False
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
         self._agreement = Agreement(assembly)
         # Whether all processes know by now that one was asked to stop.
@@ -120,7 +119,7 @@ class TrainLoop:
         found = self.checkpoints.restore(self.assembly.state)
         starts = read_starts(self.workdir)
         if found is not None:
-            self.batches.set_state(found.data["batches"])
+            self.batches.set_state(read_saved(found.data)[0])
         seconds = read_seconds(self.workdir, 0 if found is None else found.step)
         self._timeline.resume(seconds, age(starts) if starts else 0.0)
         state = self._go_on_from(found)
@@ -133,7 +132,7 @@ class TrainLoop:
     def _go_on_from(self, found: Restored | None) -> TrainState:
         """Returns the state of a checkpoint, or the first one; sets step and counters to match."""
         self.step = 0 if found is None else found.step
-        self.counters = Counters() if found is None else Counters(**found.data["counters"])
+        self.counters = Counters() if found is None else read_saved(found.data)[1]
         if found is not None:
             return found.state
         state = self.assembly.init()
@@ -217,11 +216,11 @@ class TrainLoop:
         return self._stop_agreed if jax.process_count() > 1 else stop.is_set()
 
     def _advance(self, advance: Advance, box: list[TrainState], batch: Batch, stop: bool) -> Finished:
-        """Dispatches one step; the first of a process also compiles it."""
+        """Dispatches one step; the first of its kind also compiles it."""
         placed, state, number = self.assembly.place(batch), self.batches.get_state(), self.step + 1
         word = self._agreement.say(self.batches, stop)
         finished = Finished(number, {}, word, state["batches"], batch, self.batches.document_ids(), state)
-        with self._timeline.phase("step" if self._is_compiled else "compile"):
+        with self._timeline.phase("compile" if advance.compiles(number) else "step"):
             try:
                 box[0], metrics = advance(box[0], placed, number)
             except UnequalError as error:
@@ -230,7 +229,6 @@ class TrainLoop:
                 ) from error
             if self._one_at_a_time:
                 jax.block_until_ready((metrics, word))
-        self._is_compiled = True
         self.step = number
         return finished._replace(metrics=metrics)
 

@@ -58,6 +58,14 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
         raise ValueError("no list of files")
+    for name, described in found["files"].items():
+        if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+            raise ValueError(f"{name[:80]!r} is no file of a checkpoint")
+        if not isinstance(described, list) or [type(value) for value in described] != [int, str]:
+            raise ValueError(f"no size and hash of {name[:80]!r}")
+    metrics = found.get("metrics")
+    if metrics and not (isinstance(metrics, dict) and isinstance(metrics.get("nll"), int | float)):
+        raise ValueError("its held-out figures have no nll")
     return found
 
 
@@ -71,7 +79,7 @@ def find_damage(folder: pathlib.Path, share: tuple[int, int] = (0, 1), *, sizes_
     """
     try:
         manifest = read_manifest(folder)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST} cannot be read: {error}"
     if manifest is None:
         return None

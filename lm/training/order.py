@@ -8,8 +8,12 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from typing import Any
 
+from lm.config import UserError
 from lm.training.logging import write_atomically
+
+_BEYOND_STEPS = 1 << 40
 
 
 def chain(before: str, digest: str) -> str:
@@ -32,14 +36,25 @@ class PassedOver:
     spike: int
 
 
+def _passed_over(one: Any) -> PassedOver:
+    found = PassedOver(**one)
+    if any(type(value) is not int or not 0 <= value < _BEYOND_STEPS for value in dataclasses.astuple(found)):
+        raise ValueError(f"{found} is no roll back")
+    return found
+
+
 class Detours:
     """The roll backs of a run, kept in its folder, so that a killed run and a replay repeat them."""
 
     def __init__(self, workdir: pathlib.Path) -> None:
         """Reads those that the folder records."""
         self._path = workdir / "rollbacks.json"
-        text = self._path.read_text(encoding="utf-8") if self._path.exists() else "[]"
-        self.found = [PassedOver(**one) for one in json.loads(text)]
+        self.found: list[PassedOver] = []
+        if self._path.exists():
+            try:
+                self.found = [_passed_over(one) for one in json.loads(self._path.read_text(encoding="utf-8"))]
+            except (OSError, ValueError, TypeError, RecursionError) as error:
+                raise UserError(f"{self._path} is damaged ({error}): the batches of the run are not known") from error
 
     def batch_number(self, step: int) -> int:
         """Returns which batch, from 1, the step reads."""

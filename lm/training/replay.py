@@ -17,6 +17,7 @@ from lm.config import ConfigError
 from lm.data import Batches, fingerprint, load_tokenizer, train_batches
 from lm.document import Vocabulary
 from lm.experiment import Experiment
+from lm.training.health import read_saved
 from lm.training.logging import read_metrics
 from lm.training.order import Detours, chain
 from lm.training.workdir import WorkdirError, read_config, read_starts
@@ -62,9 +63,12 @@ def _begin(workdir: pathlib.Path, batches: Batches, step: int) -> tuple[int, str
     for folder in sorted(folders, key=lambda path: -int(path.name)):
         file = folder / "data" / "metadata"
         if file.is_file():
-            saved = json.loads(file.read_text(encoding="utf-8"))
-            batches.set_state(saved["batches"])
-            return int(folder.name), saved["counters"]["data_order"]
+            try:
+                state, counters = read_saved(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, RecursionError) as error:
+                raise WorkdirError(f"{file} is damaged ({error})") from error
+            batches.set_state(state)
+            return int(folder.name), counters.data_order
     return 0, ""
 
 

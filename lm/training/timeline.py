@@ -9,6 +9,7 @@ import calendar
 import collections
 import contextlib
 import dataclasses
+import math
 import pathlib
 import statistics
 import time
@@ -46,8 +47,14 @@ class Place:
 
 
 def age(starts: list[dict[str, Any]]) -> float:
-    """Returns the seconds since the first of the starts that run.json records, by the wall clock; never negative."""
-    first = calendar.timegm(time.strptime(starts[0]["time"], "%Y-%m-%dT%H:%M:%SZ"))
+    """Returns the seconds since the first of the starts that run.json records, by the wall clock; never negative.
+
+    A start that does not say when it was is taken for one of now.
+    """
+    try:
+        first = calendar.timegm(time.strptime(starts[0]["time"], "%Y-%m-%dT%H:%M:%SZ"))
+    except (LookupError, TypeError, ValueError):
+        return 0.0
     return max(0.0, time.time() - first)
 
 
@@ -59,8 +66,8 @@ def read_seconds(workdir: pathlib.Path, step: int) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in read_metrics(workdir / "metrics.jsonl"):
         if line["split"] == "train" and line["step"] <= step:
-            times = {name.removeprefix(_PREFIX): value for name, value in line.items() if name.startswith(_PREFIX)}
-            found = {name: value for name, value in times.items() if name != _LOST}
+            times = {name.removeprefix(_PREFIX): float(line[name]) for name in line if name.startswith(_PREFIX)}
+            found = {name: value for name, value in times.items() if name != _LOST and 0 <= value < math.inf}
     return found
 
 

@@ -33,9 +33,11 @@ class Watchdog:
         self._timeline, self._events, self._step, self._say = timeline, events, step, say
         self._thread_id = threading.get_ident()
         self._reported = (-1, 0.0)
+        self._told_of_recompilation = False
 
     def look(self) -> bool:
         """Reports if the phase lasts too long, again each time that it lasted twice as long; returns whether it did."""
+        self._look_for_recompilation()
         place = self._timeline.place
         seconds = self._timeline.clock() - place.since
         limit = self._timeline.limit(place.phase) or PATIENCE_SECONDS
@@ -45,6 +47,17 @@ class Watchdog:
         self._reported = (place.number, seconds)
         self._report(place, seconds)
         return True
+
+    def _look_for_recompilation(self) -> None:
+        """Tells once of a step that was compiled again; the log counts them all."""
+        if self._told_of_recompilation or not self._timeline.recompilations:
+            return
+        self._told_of_recompilation = True
+        self._say(
+            f"recompiled: a program was compiled again at step {self._step() + 1} or the one before it: a shape or a "
+            "dtype is not that of the first step. metrics.jsonl counts the recompilations"
+        )
+        self._events.write("recompiled", self._step() + 1, recompilations=self._timeline.recompilations)
 
     def _report(self, place: Place, seconds: float) -> None:
         usual = self._timeline.median(place.phase)
@@ -74,3 +87,4 @@ class Watchdog:
         finally:
             done.set()
             thread.join()
+            self._look_for_recompilation()

@@ -22,6 +22,7 @@ import jax
 from jax.sharding import Mesh
 
 from lm import config as configs
+from lm import flags as program
 from lm.config import ConfigError, UserError
 from lm.experiment import Experiment
 from lm.training.logging import write_atomically
@@ -37,9 +38,9 @@ def open_workdir(path: str) -> pathlib.Path:
     """Creates or reopens the folder of a run.
 
     Raises:
-      WorkdirError: it cannot be written to.
+      WorkdirError: it cannot be written to. ConfigError: it is no folder but an address.
     """
-    workdir = pathlib.Path(path).expanduser().absolute()
+    workdir = pathlib.Path(program.folder(path, "--workdir")).expanduser().absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe.{os.getpid()}"

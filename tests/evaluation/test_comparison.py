@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 from lm import report
+from lm.config import UserError
 from lm.evaluation.comparison import Facts, draw_comparison, held_out, load_facts, progress, write_table
-from lm.evaluation.curves import load_history
+from lm.evaluation.curves import draw_curves, load_history
 
 
 def write_run(folder, flops, figure):
@@ -61,8 +63,6 @@ def test_program_writes_picture_and_table(tmp_path, capsys):
     folders = [write_run(tmp_path / name, flops, 1.0) for name, flops in (("a", 1e3), ("b", 2e3))]
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"])
-    from absl.testing import flagsaver
-
     with flagsaver.flagsaver((report._OUTPUT, str(tmp_path / "curves.png"))):
         assert report.main([str(folder) for folder in folders]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -79,3 +79,26 @@ def test_minutes_without_any_speed_are_zero(tmp_path):
         line.pop("seconds_per_step", None)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert not np.any(progress(load_history(folder), "minutes")[1])
+
+
+def test_words_are_no_figures_and_a_line_without_unigrams_is_drawn(tmp_path):
+    folder = write_run(tmp_path / "a", 1e3, 1.0)
+    history = load_history(folder)
+    draw_curves([history], tmp_path / "one.png")
+    assert (tmp_path / "one.png").exists()
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"])
+    with flagsaver.flagsaver((report._VALUE, "split")), pytest.raises(UserError, match="=split is not in "):
+        report.main([str(folder)])
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_a_damaged_record_is_told_and_a_strange_one_is_shown_without(tmp_path, name):
+    folder = write_run(tmp_path / "a", 1e3, 1.0)
+    for strange in ("[]", '{"model": 1, "objective": {"type": []}, "starts": [{"parameters": "x"}]}', '{"starts": []}'):
+        (folder / name).write_text(strange)
+        assert (load_facts(folder).model == "?") == (name == "config.json")
+        assert (load_facts(folder).parameters is None) == (name == "run.json")
+    (folder / name).write_text('{"starts":')
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        load_facts(folder)

@@ -28,7 +28,8 @@ def call(monkeypatch, capsys):
     """Runs lm.train in this process; returns (exit status, stderr)."""
 
     def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["lm/train.py", *map(str, argv)])
+        # Alone: jax looks for others only before the first use of a device, which an earlier test made.
+        monkeypatch.setattr(sys, "argv", ["lm/train.py", "--num_processes=1", *map(str, argv)])
         if not absl_flags.FLAGS.is_parsed():
             absl_flags.FLAGS(["test"])
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
@@ -116,6 +117,40 @@ def test_the_config_of_a_trained_run_is_that_of_its_folder(program, flag):
     assert (code, out) == (2, "")
     sentence = f"{flag}: only lm.train takes a config; a run's own is read from its folder (--workdir)"
     assert err == f"{program}: {sentence}\n"
+
+
+ADDRESS = "gs://pail/run"
+
+
+@pytest.mark.parametrize("path", [ADDRESS, "s3://pail/run", "gs:/pail/run", "", " "])
+def test_a_workdir_that_is_no_folder(call, source, tmp_path, monkeypatch, path):
+    config = _tiny(os.path.abspath(source))
+    monkeypatch.chdir(tmp_path)
+    code, err, _ = call(*config, f"--workdir={path}")
+    assert code == 2
+    there = f"--workdir={path}: an address is no folder; mount" if path.strip() else "give --workdir=FOLDER"
+    assert err.startswith(f"train: {there}")
+    assert len(err.splitlines()) == 1
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("evaluate", [f"--workdir={ADDRESS}"]),
+        ("generate", [f"--workdir={ADDRESS}"]),
+        ("replay", [f"--workdir={ADDRESS}", "--step=1"]),
+        ("convert", [f"--from={ADDRESS}", "--to=x"]),
+        ("convert", ["--from=x", f"--to={ADDRESS}"]),
+        ("report", [ADDRESS]),
+        ("prepare", [f"--output={ADDRESS}"]),
+    ],
+)
+def test_no_program_takes_an_address_for_a_folder(program, arguments):
+    code, out, err = run(f"lm.{program}", *arguments)
+    assert (code, out) == (2, "")
+    assert f"={ADDRESS}: an address is no folder" in err
+    assert len(err.splitlines()) == 1
 
 
 def _write(path, content):

@@ -485,6 +485,31 @@ def test_bad_input_stops_at_once(cloud):
     assert cloud.starts == [1, 1]
 
 
+def test_sick_run_is_not_started_again(cloud):
+    cloud.say(workers=2)
+    cloud.ends("worker0:70,worker1:hang", "0")
+    ran = cloud.launch()
+    assert ran.returncode == 70, ran.stderr
+    assert "the run is sick (exit status 70)" in ran.stderr
+    assert cloud.starts == [1, 1]
+
+
+def test_worker_that_is_late_is_waited_for_again(cloud):
+    cloud.say(workers=2)
+    cloud.ends("worker0:69,worker1:hang", "0")
+    ran = cloud.launch()
+    assert ran.returncode == 0, ran.stderr
+    assert "failure 1 of 3 (exit status 69)" in ran.stderr
+    assert cloud.starts == [2, 2]
+
+
+def test_what_keeps_a_worker_from_joining_counts_before_those_who_waited(cloud):
+    cloud.say(workers=2)
+    cloud.ends("worker0:69,worker1:2", "0")
+    assert cloud.launch().returncode == 2
+    assert cloud.starts == [1, 1]
+
+
 def test_failures_are_tried_again_up_to_a_limit(cloud):
     cloud.ends("1", "137", "1", "0")
     ran = cloud.launch()

@@ -129,6 +129,9 @@ def test_a_step_is_computed_twice_and_told_if_a_bit_differs(tmp_path, corpus, mo
     again = dataclasses.replace(run, health=HealthConfig(recompute_every=2))
     assert _train(again, twice)
     assert _history(twice) == _history(plain)
+    # The first step of its kind is compiled, not compiled again.
+    assert {line["recompilations"] for line in read_metrics(twice / "metrics.jsonl") if line["split"] == "train"} == {0}
+    assert not list(read_events(twice, "recompiled"))
     made = Advance.__init__
 
     def broken_hardware(self, assembly):

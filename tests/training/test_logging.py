@@ -32,6 +32,18 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_damaged_lines_are_passed_over_and_told(tmp_path, caplog):
+    _write(tmp_path, 0, [1, 2])
+    damaged = [b"\0\0\0\n", b"\xff\n", b'{"step": 3}\n', b'{"step": true, "split": "train"}\n', b"[]\n"]
+    damaged += [b'{"step": 3, "split": "train", "loss": "x"}\n', b'{"step": 3, "split": "train", "loss": [1]}\n']
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.writelines(damaged)
+    _write(tmp_path, 2, [3])
+    assert "metrics.jsonl: 7 damaged line(s) passed over: 3, 4, 5, 6, 7, ..." in caplog.text
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_what_is_not_finite_stays_json(tmp_path):
     writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False), 0)
     writer.write(1, "train", {"loss": math.nan, "gradient_norm": math.inf})

@@ -62,6 +62,21 @@ def test_an_evaluation_is_compared_with_evaluations(watched):
         assert not watchdog.look()
 
 
+def test_a_recompilation_is_told_once(watched, tmp_path):
+    _, timeline, watchdog, said = watched
+    assert not watchdog.look()
+    assert not said
+    timeline.recompilations = 1
+    with watchdog.watching(interval=60.0):
+        pass
+    timeline.recompilations = 2
+    watchdog.look()
+    assert len(said) == 1
+    assert said[0].startswith("recompiled: a program was compiled again at step 7 or the one before it")
+    (event,) = read_events(tmp_path, "recompiled")
+    assert (event["step"], event["recompilations"]) == (7, 1)
+
+
 def test_the_thread_looks_by_itself_and_ends(tmp_path):
     said = []
     timeline = Timeline(factor=2, least_seconds=0.01)
