@@ -42,8 +42,8 @@ class Setting:
 
     Attributes:
       sizes: of the mesh axes.
-      parameters: how parameters are divided, by their shape, with and without the axis of stacked layers: gradients
-        live where their parameters do.
+      parameters: how the gradients of parameters are divided, by their shape, with and without the axis of stacked
+        layers.
       platform: whose branch of platform-dependent code is counted.
     """
 
@@ -83,6 +83,7 @@ class _Walk:
         self.branch: dict[int, int] = {}
         self.origin: dict[int, int] = {}
         self.gathered: set[Any] = set()
+        self.at_home: set[int] = set()
 
     def run(self, jaxpr: Any, arguments: Sequence[Value]) -> tuple[Cost, list[Value]]:
         ids = [self._new(value) for value in arguments]
@@ -160,6 +161,9 @@ class _Walk:
         for variable in equation.outvars:
             shape = _value(variable).shape
             spec = self._wanted(equation) or propagate(name, params, operands, shape, sizes)
+            if name == "sharding_constraint" and reads[0] in self.at_home:
+                # Asked for by its parameter, which is gathered so; a compiler sees through that to where it ends.
+                spec = operands[0].spec
             if name.startswith("scatter") or (name == "broadcast_in_dim" and not operands[0].shape):
                 spec = self.setting.parameters.get(shape, spec)
             repeats = operands[0].stored_bytes(sizes) if name == "broadcast_in_dim" else None
@@ -200,10 +204,11 @@ class _Walk:
         params = equation.params
         axes = params["axes"] if "axes" in params else params["axis_name"]
         axes = (axes,) if isinstance(axes, str) else tuple(a for a in axes if isinstance(a, str))
+        axes = tuple(axis for axis in axes if self.setting.sizes[axis] > 1)
         kind = EXPLICIT[equation.primitive.name]
         of = outs if kind == "all-gather" else operands
         size = sum(value.local_bytes(self.setting.sizes) for value in of)
-        if math.prod(self.setting.sizes[axis] for axis in axes) > 1:
+        if axes:
             self.cost.send(kind, axes, 1, size)
 
     def _owe(self, result: int, axes: tuple[str, ...]) -> None:
@@ -214,7 +219,12 @@ class _Walk:
         self.partial[result] = axes
         home = self.setting.parameters.get(self.values[result].shape)
         if home is not None and len(self.values[result].shape) > 1:
+            self.at_home.add(result)
+            whole_bytes = self.values[result].local_bytes(self.setting.sizes)
             self._settle(result, home)
+            if self.values[result].local_bytes(self.setting.sizes) < whole_bytes:
+                last = self.operations[-1]
+                self.operations[-1] = last._replace(inside=last.inside + whole_bytes)
 
     def _settle(self, result: int, wanted: Spec | None = None) -> None:
         """Sums a result over the devices that each have a part of it: reduce-scatter where `wanted` divides it."""
