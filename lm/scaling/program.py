@@ -15,7 +15,7 @@ from jax.extend import core
 from lm.scaling import liveness
 from lm.scaling.cost import Cost
 from lm.scaling.liveness import Operation
-from lm.scaling.spread import Sizes, Spec, Value, multiply, propagate, whole
+from lm.scaling.spread import Sizes, Spec, Value, join, multiply, propagate, whole
 
 # Operations of shard_map bodies that communicate, by the name that a compiled program gives them.
 EXPLICIT = {
@@ -45,11 +45,13 @@ class Setting:
       parameters: how the gradients of parameters are divided, by their shape, with and without the axis of stacked
         layers.
       platform: whose branch of platform-dependent code is counted.
+      kept: mesh axes over which parameters are not gathered for a product.
     """
 
     sizes: Sizes
     parameters: Mapping[tuple[int, ...], Spec]
     platform: str = "tpu"
+    kept: tuple[str, ...] = ()
 
 
 def count(closed: Any, arguments: Sequence[Spec], setting: Setting) -> Cost:
@@ -155,7 +157,7 @@ class _Walk:
         linear = name in LINEAR and len(pending) == 1
         if not linear:
             for read in reads:
-                self._settle(read, self._wanted(equation))
+                self._settle(read, self._wanted(equation) or self._beside(read, reads))
         operands = [self.values[read] for read in reads]
         outs = []
         for variable in equation.outvars:
@@ -199,6 +201,12 @@ class _Walk:
         rank = len(equation.outvars[0].aval.shape)
         entries += (None,) * (rank - len(entries))
         return tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
+
+    def _beside(self, read: int, reads: Sequence[int]) -> Spec | None:
+        """Returns how a sum that is still to be taken is best divided: as what it is added to or multiplied by."""
+        value = self.values[read]
+        others = [n for n in reads if n not in self.partial and self.values[n].shape == value.shape]
+        return join([*(self.values[n].spec for n in others), value.spec]) if others else None
 
     def _message(self, equation: Any, operands: Sequence[Value], outs: Sequence[Value]) -> None:
         params = equation.params
@@ -274,7 +282,7 @@ class _Walk:
         sizes = self.setting.sizes
         known = [value.shape in self.setting.parameters for value in (left, right)]
         gathered = "smaller" if known[0] == known[1] else ("left" if known[0] else "right")
-        product = multiply(left, right, equation.params["dimension_numbers"], sizes, gathered)
+        product = multiply(left, right, equation.params["dimension_numbers"], sizes, gathered, self.setting.kept)
         inside = self._gather(reads[0], product.left.axes) + self._gather(reads[1], product.right.axes)
         out = _value(equation.outvars[0], product.spec)
         self.cost.flops += 2.0 * math.prod(out.local_shape(sizes)) * product.summed

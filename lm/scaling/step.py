@@ -67,7 +67,9 @@ class Step:
         parameters |= {leaf.shape: spec_of(leaf) for leaf in leaves}
         arguments = [spec_of(leaf) for leaf in jax.tree.leaves((self.assembly.state, self.batch))]
         sizes = dict(self.assembly.mesh.shape)
-        return program.count(closed, arguments, program.Setting(sizes, parameters, platform))
+        table = self.assembly.rules.parameters
+        kept = tuple(dict.fromkeys(axis for name in ("vocab", "heads", "kv_heads", "mlp") for axis in table[name]))
+        return program.count(closed, arguments, program.Setting(sizes, parameters, platform, kept))
 
     def lower(self, keep_unused: bool = False) -> Any:
         """Lowers the step for the devices of its mesh, the state donated, as the train loop runs it.
