@@ -127,7 +127,7 @@ class _Walk:
         if name == "cond":
             branches = params["branches"]
             chosen = self.branch.get(reads[0], len(branches) - 1)
-            return self._follow(branches[chosen].jaxpr, reads[1:])
+            return self._follow(_open(branches[chosen]), reads[1:])
         if name == "scan":
             return self._scan(equation, reads)
         if name == "while":
@@ -136,7 +136,7 @@ class _Walk:
             return self._shards(equation, reads)
         inner = next((params[key] for key in INNER if key in params), None)
         if inner is not None:
-            return self._follow(getattr(inner, "jaxpr", inner), reads)
+            return self._follow(_open(inner), reads)
         if name == "dot_general":
             return [self._product(equation, reads)]
         if name.startswith("ragged_dot"):
@@ -312,8 +312,8 @@ class _Walk:
 
     def _scan(self, equation: Any, reads: list[int]) -> list[int]:
         params = equation.params
-        first, carried, length = params["num_consts"], params["num_carry"], params["length"]
-        body = params["jaxpr"].jaxpr
+        first, carried = _loop_arguments(params)
+        body, length = _open(params["jaxpr"]), params["length"]
         for read in reads:
             self._settle(read)
         values = [self.values[read] for read in reads]
@@ -336,7 +336,7 @@ class _Walk:
         """Counts the body once: how often it runs is not known."""
         params = equation.params
         values = [self.values[read] for read in reads[params["cond_nconsts"] :]]
-        cost, results = _Walk(self.setting).run(params["body_jaxpr"].jaxpr, values)
+        cost, results = _Walk(self.setting).run(_open(params["body_jaxpr"]), values)
         self.cost.add(cost, 1)
         return self._emit("while", reads, results, cost.peak)
 
@@ -347,8 +347,7 @@ class _Walk:
         manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         for read in reads:
             self._settle(read)
-        inner = params["jaxpr"]
-        inner = getattr(inner, "jaxpr", inner)
+        inner = _open(params["jaxpr"])
         ids = []
         for read, variable, wanted in zip(reads, inner.invars, params["in_specs"], strict=True):
             self._gather(read, [*_flat(wanted), *(a for a in self.values[read].axes if a not in manual)])
@@ -363,6 +362,19 @@ class _Walk:
             spec = tuple((*_flat((e,)), *k) for e, k in zip(entries, kept, strict=True))
             outs += self._emit("sharding_constraint", [result], [_value(variable, spec)])
         return outs
+
+
+def _open(jaxpr: Any) -> Any:
+    """Returns a program without its constants, closed or not."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _loop_arguments(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns how many arguments of a loop are the same in each turn, and how many are carried from turn to turn."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constant, carried, _ = params["ft_in"].unpack()  # jax 0.11
+    return len(constant), len(carried)
 
 
 def _flat(spec: Any) -> list[str]:
