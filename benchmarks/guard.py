@@ -55,7 +55,6 @@ def count(experiment) -> Counts:
     import jax
 
     from lm import parallel
-    from lm.scaling.compiled import read_collectives
     from lm.scaling.step import describe_step
 
     mesh = parallel.build_mesh(experiment.mesh, jax.devices()[:NUM_DEVICES])
@@ -71,7 +70,7 @@ def count(experiment) -> Counts:
         "products": instructions["dot_general"],
         "loops": instructions["while"],
     }
-    for kind, (number, size) in read_collectives(lowered.compile().as_text()).items():
+    for kind, (number, size) in parallel.count_collectives(lowered.compile().as_text()).items():
         counts[f"{kind} messages"], counts[f"{kind} bytes"] = number, size
     return counts
 

@@ -5,6 +5,7 @@ the curves, all from `lm.scaling.planner`: one trace of the real train step for 
 and links, no device. Rewrites docs/scale.md between its markers with --update_document.
 """
 
+import contextlib
 import os
 import pathlib
 import re
@@ -17,6 +18,7 @@ _UPDATE_DOCUMENT = flags.DEFINE_bool("update_document", False, "Write the tables
 
 DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "scale.md"
 LONG = "--config.model.attention.kernel=Chunked --config.loss.chunk=1024"
+EXCHANGED = "--config.model.mlp.dispatch=AllToAll --config.model.mlp.dispatch.factor=1.0"
 # name -> arguments of lm.plan
 RUNS = {
     "BERT-large": "--config=configs/bert.py:large --devices=16 --hardware=v5e --config.mesh.data=1"
@@ -29,6 +31,12 @@ RUNS = {
     f" --config.mesh.fsdp=512 {LONG} --config.batch_size=1024",
     "Mixtral 8x22B (141B)": "--config=configs/mixtral.py:8x22b --devices=256 --hardware=v5p --config.mesh.data=1"
     f" --config.mesh.fsdp=256 {LONG} --config.batch_size=512",
+    "Mixtral 8x22B, experts divided": "--config=configs/mixtral.py:8x22b --devices=256 --hardware=v5p"
+    f" --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.expert=8 {EXCHANGED} {LONG} --config.batch_size=512",
+    # What its latents are multiplied by has no axis that fsdp or expert divides, and is whole on every chip.
+    "DeepSeek-V3 (671B)": "--config=configs/deepseek_v3.py:671b --devices=1024 --hardware=v5p --config.mesh.data=1"
+    f" --config.mesh.fsdp=16 --config.mesh.expert=64 --config.sharding.max_replicated=3000000000 {EXCHANGED} {LONG}"
+    " --config.batch_size=2048",
 }
 # name -> (arguments of lm.plan, published MFU or None, published tokens/s a device, where it stands)
 PUBLISHED = {
@@ -116,14 +124,27 @@ def published_row(name: str) -> str:
 
 
 def point(config: str, hardware: str, chips: int, rows: int):
-    """Returns the plan of a run whose parameters are divided over as many chips as its rows and links allow."""
+    """Returns the plan of a run whose parameters are divided over as many chips as its rows and links allow.
+
+    Chips that are left divide heads and hidden units, with the stream between them, or the sequence: what is faster.
+    """
+    from lm.config import ConfigError
+
     fsdp = min(chips, rows, MOST_FSDP[hardware])
     data = min(chips, rows) // fsdp
+    rest = chips // (data * fsdp)
     arguments = (
         f"--config=configs/{config} --devices={chips} --hardware={hardware} --config.mesh.data={data}"
-        f" --config.mesh.fsdp={fsdp} --config.mesh.tensor={chips // (data * fsdp)} {LONG} --config.batch_size={rows}"
+        f" --config.mesh.fsdp={fsdp} {LONG} --config.batch_size={rows}"
     )
-    return plan(arguments)
+    if rest == 1:
+        return plan(arguments)
+    found = []
+    for way in (f"--config.mesh.tensor={rest} --config.sharding.sequence=True", f"--config.mesh.context={rest}"):
+        # A width does not divide over any number of chips.
+        with contextlib.suppress(ConfigError):
+            found.append(plan(f"{arguments} {way}"))
+    return min(found, key=lambda plan: plan.roof_seconds)
 
 
 def curves() -> dict:

@@ -1,7 +1,7 @@
 """What devices say to each other in a compiled program, read from its text.
 
-Knows no model. Law: a program for one device has no collective; a loop whose number of turns the compiler
-knows counts its body that often.
+Knows no model. Law: a program for one device has no collective; a loop counts its body as often as it turns,
+where the text says how often that is.
 """
 
 import math
@@ -27,6 +27,9 @@ _CALLED = re.compile(
 )
 _LISTED = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_CONSTANT = re.compile(r"(\d+)\)")
+Computations = dict[str, list[re.Match[str]]]
 
 
 class Traffic(NamedTuple):
@@ -71,15 +74,16 @@ def _bytes(dtype: str, sizes: str) -> int:
 def _result_bytes(kind: str, shape: str) -> int:
     arrays = _ARRAY.findall(shape)
     if kind in ("all-gather-start", "collective-permute-start") and len(arrays) > 1:
-        # The operand stands beside the result.
-        arrays = arrays[1:2]
+        # The operands stand before the results, counters of the transfer behind both.
+        arrays = [array for array in arrays if array != ("u32", "")]
+        arrays = arrays[len(arrays) // 2 :]
     return sum(_bytes(*array) for array in arrays)
 
 
-def _parse(text: str) -> tuple[str, dict[str, list[re.Match[str]]]]:
+def _parse(text: str) -> tuple[str, Computations]:
     """Returns the name of the program's entry, and the instructions of each computation."""
     entry, name = "", ""
-    computations: dict[str, list[re.Match[str]]] = {}
+    computations: Computations = {}
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
             name = header["name"]
@@ -90,11 +94,27 @@ def _parse(text: str) -> tuple[str, dict[str, list[re.Match[str]]]]:
     return entry, computations
 
 
+def _turns(rest: str, computations: Computations) -> int:
+    """Returns how often a loop turns: as it says, or else the number that its condition compares with, or else 1."""
+    if known := _TURNS.search(rest):
+        return int(known[1])
+    condition = _CONDITION.search(rest)
+    compared = computations.get(condition[1], ()) if condition else ()
+    limits = [
+        int(number[1])
+        for instruction in compared
+        if instruction["kind"] == "constant" and instruction["shape"].startswith("s32[]")
+        if (number := _CONSTANT.match(instruction["rest"]))
+    ]
+    return max(limits, default=1)
+
+
 def list_collectives(text: str) -> list[Collective]:
     """Lists the collectives of a compiled program, in order, those of functions once for each call.
 
-    A loop counts its body as often as the compiler says that it turns (`known_trip_count`), or once if it does not
-    know. Of a conditional all branches count.
+    A loop counts its body as often as the compiler says that it turns (`known_trip_count`); where it does not say, as
+    for TPUs, the largest constant of the loop's condition is taken for that, and where there is none, the body counts
+    once. Of a conditional all branches count.
 
     Args:
       text: `compiled.as_text()` of `jax.jit(...).lower(...).compile()`.
@@ -107,8 +127,7 @@ def list_collectives(text: str) -> list[Collective]:
             if kind.removesuffix("-start") in KINDS:
                 yield Collective(kind.removesuffix("-start"), shape, _result_bytes(kind, shape), turns)
                 continue
-            known = _TURNS.search(rest) if kind == "while" else None
-            inner = turns * (int(known.group(1)) if known else 1)
+            inner = turns * _turns(rest, computations) if kind == "while" else turns
             called = _CALLED.findall(rest)
             for listed in _LISTED.findall(rest):
                 called += [each.strip().lstrip("%") for each in listed.split(",")]

@@ -1,16 +1,14 @@
 """The train step compiled for devices that are not here, and what XLA says of it: memory, operations, collectives.
 
-Owns virtual CPU devices, TPU topologies and the reading of compiled text. Knows no hardware figures. Law: a
-collective in the body of a loop counts as often as the loop runs.
+Owns virtual CPU devices and TPU topologies. Knows no hardware figures. Law: what is compiled is the step that
+`lm.train` runs.
 """
 
 import dataclasses
 import importlib.util
 import math
 import os
-import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,17 +18,6 @@ from lm import parallel
 from lm.config import ConfigError
 from lm.experiment import Experiment
 from lm.scaling.step import describe_step
-
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf"=\s+(\(.*?\)|\S+)\s+({'|'.join(KINDS)})(-start)?\(")
-_CALLED = re.compile(r"(?:calls|body|true_computation|false_computation|to_apply)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'known_trip_count"?:\{"n":"(\d+)"')
-_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-_LIMIT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-_ARRAY = re.compile(r"([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
-_ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "f16": 2, "bf16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 
 # Names of TPU topologies: the kind and how many dimensions its torus has.
 DIMENSIONS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
@@ -70,7 +57,7 @@ class Compiled:
     alias_bytes: int
     temporary_bytes: int
     flops: float
-    collectives: dict[str, tuple[int, int]]
+    collectives: dict[str, parallel.Traffic]
     seconds: float
 
     @property
@@ -162,67 +149,6 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> Compiled:
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         flops=float(costs.get("flops", math.nan)),
-        collectives=read_collectives(compiled.as_text()),
+        collectives=parallel.count_collectives(compiled.as_text()),
         seconds=seconds,
     )
-
-
-def read_collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Counts the collectives of a compiled program, those in loops as often as the loops run.
-
-    Returns:
-      By kind: how many, and the bytes of their results on each device. Scalars are among them.
-    """
-    bodies, entry = _computations(text)
-    found: dict[str, tuple[int, int]] = {}
-
-    def visit(name: str, times: int) -> None:
-        for line in bodies.get(name, ()):
-            match = _COLLECTIVE.search(line)
-            if match:
-                count, size = found.get(match[2], (0, 0))
-                found[match[2]] = (count + times, size + times * _result_bytes(match[1], bool(match[3])))
-            trips = _trips(line, bodies) if " while(" in line else 1
-            # The function that a reduction applies has no collectives, but visiting it costs nothing.
-            for called in _called(line):
-                visit(called, times * trips)
-
-    visit(entry, 1)
-    return dict(sorted(found.items()))
-
-
-def _trips(line: str, bodies: dict[str, list[str]]) -> int:
-    """Returns how often a loop runs: as it says, or else the number that its condition compares with."""
-    if known := _TRIPS.search(line):
-        return int(known[1])
-    condition = _CONDITION.search(line)
-    limits = [int(n) for text in bodies.get(condition[1], ()) for n in _LIMIT.findall(text)] if condition else []
-    return max(limits, default=1)
-
-
-def _called(line: str) -> Iterator[str]:
-    yield from _CALLED.findall(line)
-    for group in _BRANCHES.findall(line):
-        yield from re.findall(r"%?([\w.\-]+)", group)
-
-
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Splits the text of a program into the lines of its computations; returns them and the entry's name."""
-    bodies: dict[str, list[str]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if (head := _COMPUTATION.match(line)) is not None:
-            current = bodies.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif current is not None:
-            current.append(line)
-    return bodies, entry
-
-
-def _result_bytes(shape: str, started: bool) -> int:
-    """Returns the bytes of a result; one that is only started also names its operands: the largest counts."""
-    arrays = [(kind, [int(n) for n in dims.split(",") if n]) for kind, dims in _ARRAY.findall(shape)]
-    sizes = [_ITEMSIZE.get(kind, 4) * math.prod(dims) for kind, dims in arrays]
-    return max(sizes, default=0) if started and shape.startswith("(") else sum(sizes)

@@ -28,7 +28,7 @@ class Plan:
       num_active_parameters: that one token meets.
       parameter_bytes: parameters, and their average if there is one.
       optimizer_bytes: the optimizer's state.
-      gradient_bytes: gradients, which are float32 and divided as the parameters are.
+      gradient_bytes: gradients, which are float32 and divided as the optimizer's state is.
       batch_bytes: a step's batch.
       cost: the step's operations, memory traffic, peak of temporary memory and collectives.
       model_flops: operations of the model in a step, recomputation not counted, all devices together.
@@ -134,7 +134,7 @@ def make_plan(experiment: Experiment, num_devices: int, hardware: Hardware) -> P
         num_active_parameters=accounting.num_active_parameters(parameters),
         parameter_bytes=own + local_bytes(state.average),
         optimizer_bytes=local_bytes(state.opt_state),
-        gradient_bytes=own,
+        gradient_bytes=local_bytes(step.gradients),
         batch_bytes=local_bytes(step.batch),
         cost=step.count(),
         model_flops=per_token * experiment.batch_size * lengths.tokens,

@@ -15,7 +15,7 @@ from jax.extend import core
 from lm.scaling import liveness
 from lm.scaling.cost import Cost
 from lm.scaling.liveness import Operation
-from lm.scaling.spread import Sizes, Spec, Value, multiply, propagate, whole
+from lm.scaling.spread import Sizes, Spec, Value, join, multiply, propagate, whole
 
 # Operations of shard_map bodies that communicate, by the name that a compiled program gives them.
 EXPLICIT = {
@@ -42,14 +42,16 @@ class Setting:
 
     Attributes:
       sizes: of the mesh axes.
-      parameters: how parameters are divided, by their shape, with and without the axis of stacked layers: gradients
-        live where their parameters do.
+      parameters: how the gradients of parameters are divided, by their shape, with and without the axis of stacked
+        layers.
       platform: whose branch of platform-dependent code is counted.
+      kept: mesh axes over which parameters are not gathered for a product.
     """
 
     sizes: Sizes
     parameters: Mapping[tuple[int, ...], Spec]
     platform: str = "tpu"
+    kept: tuple[str, ...] = ()
 
 
 def count(closed: Any, arguments: Sequence[Spec], setting: Setting) -> Cost:
@@ -83,6 +85,7 @@ class _Walk:
         self.branch: dict[int, int] = {}
         self.origin: dict[int, int] = {}
         self.gathered: set[Any] = set()
+        self.at_home: set[int] = set()
 
     def run(self, jaxpr: Any, arguments: Sequence[Value]) -> tuple[Cost, list[Value]]:
         ids = [self._new(value) for value in arguments]
@@ -124,7 +127,7 @@ class _Walk:
         if name == "cond":
             branches = params["branches"]
             chosen = self.branch.get(reads[0], len(branches) - 1)
-            return self._follow(branches[chosen].jaxpr, reads[1:])
+            return self._follow(_open(branches[chosen]), reads[1:])
         if name == "scan":
             return self._scan(equation, reads)
         if name == "while":
@@ -133,7 +136,7 @@ class _Walk:
             return self._shards(equation, reads)
         inner = next((params[key] for key in INNER if key in params), None)
         if inner is not None:
-            return self._follow(getattr(inner, "jaxpr", inner), reads)
+            return self._follow(_open(inner), reads)
         if name == "dot_general":
             return [self._product(equation, reads)]
         if name.startswith("ragged_dot"):
@@ -154,12 +157,15 @@ class _Walk:
         linear = name in LINEAR and len(pending) == 1
         if not linear:
             for read in reads:
-                self._settle(read, self._wanted(equation))
+                self._settle(read, self._wanted(equation) or self._beside(read, reads))
         operands = [self.values[read] for read in reads]
         outs = []
         for variable in equation.outvars:
             shape = _value(variable).shape
             spec = self._wanted(equation) or propagate(name, params, operands, shape, sizes)
+            if name == "sharding_constraint" and reads[0] in self.at_home:
+                # Asked for by its parameter, which is gathered so; a compiler sees through that to where it ends.
+                spec = operands[0].spec
             if name.startswith("scatter") or (name == "broadcast_in_dim" and not operands[0].shape):
                 spec = self.setting.parameters.get(shape, spec)
             repeats = operands[0].stored_bytes(sizes) if name == "broadcast_in_dim" else None
@@ -196,14 +202,21 @@ class _Walk:
         entries += (None,) * (rank - len(entries))
         return tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
 
+    def _beside(self, read: int, reads: Sequence[int]) -> Spec | None:
+        """Returns how a sum that is still to be taken is best divided: as what it is added to or multiplied by."""
+        value = self.values[read]
+        others = [n for n in reads if n not in self.partial and self.values[n].shape == value.shape]
+        return join([*(self.values[n].spec for n in others), value.spec]) if others else None
+
     def _message(self, equation: Any, operands: Sequence[Value], outs: Sequence[Value]) -> None:
         params = equation.params
         axes = params["axes"] if "axes" in params else params["axis_name"]
         axes = (axes,) if isinstance(axes, str) else tuple(a for a in axes if isinstance(a, str))
+        axes = tuple(axis for axis in axes if self.setting.sizes[axis] > 1)
         kind = EXPLICIT[equation.primitive.name]
         of = outs if kind == "all-gather" else operands
         size = sum(value.local_bytes(self.setting.sizes) for value in of)
-        if math.prod(self.setting.sizes[axis] for axis in axes) > 1:
+        if axes:
             self.cost.send(kind, axes, 1, size)
 
     def _owe(self, result: int, axes: tuple[str, ...]) -> None:
@@ -214,7 +227,12 @@ class _Walk:
         self.partial[result] = axes
         home = self.setting.parameters.get(self.values[result].shape)
         if home is not None and len(self.values[result].shape) > 1:
+            self.at_home.add(result)
+            whole_bytes = self.values[result].local_bytes(self.setting.sizes)
             self._settle(result, home)
+            if self.values[result].local_bytes(self.setting.sizes) < whole_bytes:
+                last = self.operations[-1]
+                self.operations[-1] = last._replace(inside=last.inside + whole_bytes)
 
     def _settle(self, result: int, wanted: Spec | None = None) -> None:
         """Sums a result over the devices that each have a part of it: reduce-scatter where `wanted` divides it."""
@@ -264,7 +282,7 @@ class _Walk:
         sizes = self.setting.sizes
         known = [value.shape in self.setting.parameters for value in (left, right)]
         gathered = "smaller" if known[0] == known[1] else ("left" if known[0] else "right")
-        product = multiply(left, right, equation.params["dimension_numbers"], sizes, gathered)
+        product = multiply(left, right, equation.params["dimension_numbers"], sizes, gathered, self.setting.kept)
         inside = self._gather(reads[0], product.left.axes) + self._gather(reads[1], product.right.axes)
         out = _value(equation.outvars[0], product.spec)
         self.cost.flops += 2.0 * math.prod(out.local_shape(sizes)) * product.summed
@@ -294,8 +312,8 @@ class _Walk:
 
     def _scan(self, equation: Any, reads: list[int]) -> list[int]:
         params = equation.params
-        first, carried, length = params["num_consts"], params["num_carry"], params["length"]
-        body = params["jaxpr"].jaxpr
+        first, carried = _loop_arguments(params)
+        body, length = _open(params["jaxpr"]), params["length"]
         for read in reads:
             self._settle(read)
         values = [self.values[read] for read in reads]
@@ -318,7 +336,7 @@ class _Walk:
         """Counts the body once: how often it runs is not known."""
         params = equation.params
         values = [self.values[read] for read in reads[params["cond_nconsts"] :]]
-        cost, results = _Walk(self.setting).run(params["body_jaxpr"].jaxpr, values)
+        cost, results = _Walk(self.setting).run(_open(params["body_jaxpr"]), values)
         self.cost.add(cost, 1)
         return self._emit("while", reads, results, cost.peak)
 
@@ -329,8 +347,7 @@ class _Walk:
         manual = params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"]
         for read in reads:
             self._settle(read)
-        inner = params["jaxpr"]
-        inner = getattr(inner, "jaxpr", inner)
+        inner = _open(params["jaxpr"])
         ids = []
         for read, variable, wanted in zip(reads, inner.invars, params["in_specs"], strict=True):
             self._gather(read, [*_flat(wanted), *(a for a in self.values[read].axes if a not in manual)])
@@ -345,6 +362,19 @@ class _Walk:
             spec = tuple((*_flat((e,)), *k) for e, k in zip(entries, kept, strict=True))
             outs += self._emit("sharding_constraint", [result], [_value(variable, spec)])
         return outs
+
+
+def _open(jaxpr: Any) -> Any:
+    """Returns a program without its constants, closed or not."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _loop_arguments(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns how many arguments of a loop are the same in each turn, and how many are carried from turn to turn."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constant, carried, _ = params["ft_in"].unpack()  # jax 0.11
+    return len(constant), len(carried)
 
 
 def _flat(spec: Any) -> list[str]:

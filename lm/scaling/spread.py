@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 Spec = tuple[tuple[str, ...], ...]
 Sizes = Mapping[str, int]
 
-CARRIERS = ("gather", "scatter-add", "scatter_add", "scatter")
-
 
 class Value(NamedTuple):
     """An array of a traced program.
@@ -119,6 +117,26 @@ def _looked_up(table: Value, ids: Value, shape: tuple[int, ...], params: Mapping
     return join([tuple(out)])
 
 
+def _updated(table: Value, update: Value, windows: Sequence[int], shape: tuple[int, ...]) -> Spec:
+    """Follows an array of which parts are replaced: what begins whole, such as zeros, is divided as the parts are.
+
+    Args:
+      table: the array.
+      update: the parts.
+      windows: for each dimension of the array that the parts have too, in order, which of theirs it is; -1 for others.
+      shape: of the array.
+    """
+    parts = tuple(update.spec[n] if n >= 0 and update.shape[n] == shape[d] else () for d, n in enumerate(windows))
+    return join([table.spec, parts])
+
+
+def _windows(numbers: Any, rank: int) -> list[int]:
+    """Returns which dimension of a scatter's updates each dimension of its operand is; -1 where it is none."""
+    outside = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
+    inside = iter(numbers.update_window_dims)
+    return [-1 if n in outside else next(inside) for n in range(rank)]
+
+
 def propagate(
     name: str, params: Mapping[str, Any], operands: Sequence[Value], shape: tuple[int, ...], sizes: Sizes
 ) -> Spec:
@@ -146,6 +164,10 @@ def propagate(
         return tuple(entry for n, entry in enumerate(first.spec) if n not in params["axes"])
     if name == "gather":
         return _looked_up(first, operands[1], shape, params)
+    if name == "dynamic_update_slice":
+        return _updated(first, operands[1], range(len(shape)), shape)
+    if name.startswith("scatter"):
+        return _updated(first, operands[2], _windows(params["dimension_numbers"], len(shape)), shape)
     alike = [operand.spec for operand in operands if operand.shape == shape]
     if alike:
         return join(alike)
@@ -170,7 +192,9 @@ class Product(NamedTuple):
     summed: int
 
 
-def multiply(left: Value, right: Value, numbers: Any, sizes: Sizes, gathered: str = "smaller") -> Product:
+def multiply(
+    left: Value, right: Value, numbers: Any, sizes: Sizes, gathered: str = "smaller", kept: Sequence[str] = ()
+) -> Product:
     """Places a `dot_general`; where both operands use a mesh axis for different dimensions, one of them is gathered.
 
     Args:
@@ -179,17 +203,21 @@ def multiply(left: Value, right: Value, numbers: Any, sizes: Sizes, gathered: st
       numbers: which dimensions are summed over and which are paired, as jax has them.
       sizes: of the mesh axes.
       gathered: which one: "left" or "right" where that is a parameter, or the smaller.
+      kept: mesh axes over which a parameter is not gathered: the other operand is (the stream of tensor parallelism,
+        between branches divided by its length).
     """
     (left_summed, right_summed), (left_batch, right_batch) = numbers
     paired = dict(zip((*left_summed, *left_batch), (*right_summed, *right_batch), strict=True))
     place_left = {axis: n for n, entry in enumerate(left.spec) for axis in entry}
     place_right = {axis: n for n, entry in enumerate(right.spec) for axis in entry}
     clashing = [a for a in place_left if a in place_right and paired.get(place_left[a]) != place_right[a]]
-    smaller = left.local_bytes(sizes) < right.local_bytes(sizes)
-    if gathered == "left" or (gathered == "smaller" and smaller):
-        left = left.without(clashing)
+    if gathered == "smaller":
+        gathered, kept = "left" if left.local_bytes(sizes) < right.local_bytes(sizes) else "right", ()
+    ours, theirs = [axis for axis in clashing if axis not in kept], [axis for axis in clashing if axis in kept]
+    if gathered == "left":
+        left, right = left.without(ours), right.without(theirs)
     else:
-        right = right.without(clashing)
+        left, right = left.without(theirs), right.without(ours)
     partial: list[str] = []
     summed = 1
     for a, b in zip(left_summed, right_summed, strict=True):

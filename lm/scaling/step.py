@@ -19,6 +19,7 @@ from lm.scaling import program
 from lm.scaling.cost import Cost
 from lm.scaling.spread import Spec
 from lm.training.assembly import Assembly, check_batch_size, describe
+from lm.training.state import shardings_of
 from lm.training.step import make_train_step
 
 ALWAYS = ("inputs", "targets", "weights", "segment_ids", "positions", "bidirectional")
@@ -43,18 +44,32 @@ class Step:
         sizes = np.zeros(experiment.model.vocab_size, np.int32)
         return make_train_step(experiment, self.assembly.model, self.assembly.optimizer, sizes)
 
+    @property
+    def gradients(self) -> Any:
+        """Shapes and shardings of the gradients, which lie as the optimizer's state does."""
+        assembly = self.assembly
+        places = shardings_of(assembly.state.params, assembly.model.axes(), assembly.mesh, assembly.rules.state)
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            assembly.state.params,
+            places,
+        )
+
     def count(self, platform: str = "tpu") -> Cost:
         """Traces the step and counts what it costs one device."""
         with self.assembly.placed():
             closed = jax.make_jaxpr(self.function)(self.assembly.state, self.batch)
         parameters: dict[tuple[int, ...], Spec] = {}
-        for leaf in jax.tree.leaves(self.assembly.state.params):
+        leaves = jax.tree.leaves(self.gradients)
+        for leaf in leaves:
             # Inside a loop over layers a gradient lacks their axis; what is one parameter's shape stays that one's.
             parameters.setdefault(leaf.shape[1:], spec_of(leaf)[1:])
-        parameters |= {leaf.shape: spec_of(leaf) for leaf in jax.tree.leaves(self.assembly.state.params)}
+        parameters |= {leaf.shape: spec_of(leaf) for leaf in leaves}
         arguments = [spec_of(leaf) for leaf in jax.tree.leaves((self.assembly.state, self.batch))]
         sizes = dict(self.assembly.mesh.shape)
-        return program.count(closed, arguments, program.Setting(sizes, parameters, platform))
+        table = self.assembly.rules.parameters
+        kept = tuple(dict.fromkeys(axis for name in ("vocab", "heads", "kv_heads", "mlp") for axis in table[name]))
+        return program.count(closed, arguments, program.Setting(sizes, parameters, platform, kept))
 
     def lower(self, keep_unused: bool = False) -> Any:
         """Lowers the step for the devices of its mesh, the state donated, as the train loop runs it.

@@ -34,6 +34,36 @@ ENTRY %main.3 (x: f32[2,16]) -> f32[8,16] {
 }
 """
 
+# A loop of 24 that says how often it runs, one of 8 whose condition does, a branch, a started gather and a tuple.
+TPU_TEXT = """HloModule step
+
+%body (p: f32[8]) -> f32[8] {
+  %g = f32[32,8]{1,0} all-gather(%p), dimensions={0}
+  ROOT %r = f32[8] bitcast(%g)
+}
+
+%condition (p: (s32[])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(8), metadata={op_name="while"}
+  ROOT %c = pred[] compare(%i, %limit), direction=LT
+}
+
+%other (p: f32[8]) -> f32[8] {
+  %s = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%p), dimensions={0}
+  ROOT %d = bf16[16,8]{1,0} all-gather-done(%s)
+}
+
+%chosen (p: f32[8]) -> f32[8] {
+  ROOT %x = f32[8] collective-permute(%p), source_target_pairs={{0,1}}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]) while(%a), condition=%unknown, body=%body, backend_config={"known_trip_count":{"n":"24"}}
+  %v = (s32[], f32[8]) while(%a), condition=%condition, body=%other
+  %b = f32[8] conditional(%i, %a), branch_computations={%chosen}
+  ROOT %t = (f32[8]{0}, f32[], /*index=2*/f32[4]{0}) all-reduce(%b, %b, %b), to_apply=%add
+}
+"""
+
 
 def test_known_answer():
     assert parallel.count_collectives(TEXT) == {
@@ -43,6 +73,21 @@ def test_known_answer():
         "collective-permute": Traffic(1, 5 * 4),
     }
     assert parallel.list_collectives(TEXT)[0].dimensions == [(8, 16)]
+
+
+def test_a_loop_that_does_not_say_turns_as_often_as_its_condition_does():
+    assert parallel.count_collectives(TPU_TEXT) == {
+        "all-gather": Traffic(24 + 8, 24 * 32 * 8 * 4 + 8 * 16 * 8 * 2),
+        "all-reduce": Traffic(1, 4 * (8 + 1 + 4)),
+        "collective-permute": Traffic(1, 32),
+    }
+
+
+def test_what_is_started_is_its_results():
+    text = (
+        "ENTRY %m (a: f32[8]) -> f32[8] {\n %s = ((f32[8], bf16[4]), (f32[32], bf16[16])) all-gather-start(%a, %b)\n}"
+    )
+    assert parallel.count_collectives(text) == {"all-gather": Traffic(1, 4 * 32 + 2 * 16)}
 
 
 def count_attention(way, size, causal=True):

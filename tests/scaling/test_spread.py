@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lm.scaling import program
-from lm.scaling.spread import Value, join, multiply, reshape
+from lm.scaling.spread import Value, join, multiply, propagate, reshape
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 B, F, T = ("data", "fsdp"), ("fsdp",), ("tensor",)
@@ -37,6 +37,24 @@ def test_a_parameter_divided_over_the_rows_devices_is_gathered():
     product = multiply(x, w, (((2,), (0,)), ((), ())), SIZES)
     assert product.right.spec == ((), T)
     assert (product.spec, product.partial, product.summed) == ((B, (), T), (), 32)
+
+
+def test_a_stream_divided_by_its_length_is_gathered_and_heads_are_not():
+    x, w = Value((8, 16, 32), 4, (B, T, ())), Value((32, 64), 4, (F, T))
+    product = multiply(x, w, (((2,), (0,)), ((), ())), SIZES, "right", kept=T)
+    assert (product.left.spec, product.right.spec) == ((B, (), ()), ((), T))
+    assert product.spec == (B, (), T)
+
+
+def test_what_begins_whole_is_divided_as_its_parts():
+    whole, part = Value((4, 8, 16), 4, ((), (), ())), Value((1, 8, 16), 4, ((), B, ()))
+    assert propagate("dynamic_update_slice", {}, [whole, part], whole.shape, SIZES) == ((), B, ())
+
+
+def test_a_sum_is_scattered_to_what_it_is_added_to():
+    x, w = Value((8, 16, 64), 4, (B, (), T)), Value((64, 32), 4, (T, ()))
+    cost = _count(lambda x, w, stream: x @ w + stream, x, w, Value((8, 16, 32), 4, (B, T, ())))
+    assert cost.collectives == {("reduce-scatter", T): (1, 2 * 16 * 32 * 4)}
 
 
 def test_a_sum_over_divided_numbers_is_owed():
