@@ -44,7 +44,7 @@ def few_live_programs():
     """Lets go of compiled programs before their memory maps reach the system's limit, which ends the process."""
     yield
     maps = pathlib.Path("/proc/self/maps")
-    if next(TESTS_DONE) % LOOK_EVERY == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if next(TESTS_DONE) % LOOK_EVERY == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
         gc.collect()
 

@@ -115,7 +115,7 @@ def test_trained_on_at_once_and_opened_again(checkpoint, tmp_path):
 
 def test_bad_folders_are_refused(checkpoint, tmp_path):
     for flags, words in (
-        ([], "--from=DIR"),
+        ([], "--from=FOLDER"),
         ([f"--from={tmp_path / 'nothing'}", f"--to={tmp_path / 'x'}"], "not the folder of a run"),
         ([f"--from={checkpoint}", f"--to={checkpoint}"], "not empty"),
     ):
