@@ -281,7 +281,11 @@ class ArrayRecord:
 
     def __getitem__(self, index: int) -> str:
         place = f"{self._path}, record {index},"
-        text = decode(self._reader.read([index])[0], place, 0, self._errors)
+        try:
+            record = self._reader.read([index])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise DataError(f"{place} cannot be read: {error}") from None
+        text = decode(record, place, 0, self._errors)
         return text if self._field is None else _json_text(text, place, self._field, self._errors)
 
 
