@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.models.products import contract
+from lm.parallel import by_platform
 
 # Rows of one product on a CPU: enough to hide reading the matrix, few enough that a group's last block wastes little.
 MAX_BLOCK = 256
@@ -55,7 +56,7 @@ def _multiply(
     dtype: jnp.dtype, x_AD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, transposed: bool
 ) -> jax.Array:
     """Returns f32[A, F]; with `transposed`, rows meet the last axis of the matrices."""
-    y_AF = jax.lax.platform_dependent(
+    y_AF = by_platform(
         x_AD,
         w_EDF,
         sizes_E,
@@ -68,7 +69,7 @@ def _multiply(
 
 def _correlate(dtype: jnp.dtype, x_AD: jax.Array, y_AF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Returns f32[E, D, F], the sum over each group's rows of x times y: the gradient of the matrices."""
-    return jax.lax.platform_dependent(
+    return by_platform(
         x_AD,
         y_AF,
         sizes_E,

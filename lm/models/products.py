@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.parallel import by_platform
+
 # Like `contract`: (equation, x, y, dtype of the operands) -> float32.
 Product = Callable[[str, jax.Array, jax.Array, jnp.dtype], jax.Array]
 
@@ -38,7 +40,7 @@ def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _contract(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jax.lax.platform_dependent(
+    return by_platform(
         x.astype(dtype),
         y.astype(dtype),
         cpu=functools.partial(arranged_einsum, equation),

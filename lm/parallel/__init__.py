@@ -3,6 +3,7 @@
 from lm.parallel.axes import DEFAULT_RULES as DEFAULT_RULES
 from lm.parallel.axes import LOGICAL_AXES as LOGICAL_AXES
 from lm.parallel.axes import Rules as Rules
+from lm.parallel.axes import by_platform as by_platform
 from lm.parallel.axes import constrain as constrain
 from lm.parallel.axes import current as current
 from lm.parallel.axes import inside as inside

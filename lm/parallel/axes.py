@@ -7,8 +7,9 @@ error; nothing is ever replicated silently because of a typo.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 from jax.core import Tracer
@@ -115,6 +116,8 @@ class _Scope:
     rules: Rules
     # Whether the code that is traced is that of one device, where arrays are parts and nothing is left to place.
     alone: bool = False
+    # Whether what is traced must suit every platform, whatever the mesh's devices are.
+    portable: bool = False
 
 
 # None where shapes alone are wanted and there may be no device yet.
@@ -122,12 +125,13 @@ _SCOPES: list[_Scope | None] = []
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
+def use(mesh: Mesh | AbstractMesh, rules: Rules, *, portable: bool = False) -> Iterator[None]:
     """Makes `mesh` and `rules` the ones that `constrain` resolves names with, while tracing.
 
-    On an abstract mesh programs are traced and never run.
+    On an abstract mesh programs are traced and never run. With `portable`, `by_platform` keeps the form for every
+    platform in the program, whatever the mesh's devices are.
     """
-    _SCOPES.append(_Scope(mesh, rules))
+    _SCOPES.append(_Scope(mesh, rules, portable=portable))
     abstract = isinstance(mesh, AbstractMesh)
     try:
         with jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh):
@@ -144,7 +148,9 @@ def inside(without: frozenset[str] = frozenset()) -> Iterator[None]:
       without: the mesh axes that the code is of one device of, while the others go on as before; empty are all.
     """
     mesh, rules = current()
-    _SCOPES.append(_Scope(mesh, rules.without(without), alone=not without))
+    outer = _SCOPES[-1]
+    portable = outer is not None and outer.portable
+    _SCOPES.append(_Scope(mesh, rules.without(without), alone=not without, portable=portable))
     try:
         yield
     finally:
@@ -177,6 +183,19 @@ def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
     """Returns what the devices of a mesh are ("cpu", "gpu", "tpu"); None for one without devices."""
     devices = mesh.devices if isinstance(mesh, Mesh) else None
     return None if devices is None else devices.flat[0].platform
+
+
+def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
+    """Returns `cpu(*operands)` or `default(*operands)`, by the devices that the program is for.
+
+    Where the mesh in force has devices, only the one is traced. Without a mesh, or with one that has no devices,
+    `jax.lax.platform_dependent` traces both and decides when the program is lowered, which takes half as long again.
+    """
+    scope = _SCOPES[-1] if _SCOPES else None
+    platform = platform_of(scope.mesh) if scope and not scope.portable else None
+    if platform is None:
+        return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
+    return (cpu if platform == "cpu" else default)(*operands)
 
 
 def is_placed() -> bool:

@@ -56,8 +56,8 @@ class Step:
         )
 
     def count(self, platform: str = "tpu") -> Cost:
-        """Traces the step and counts what it costs one device."""
-        with self.assembly.placed():
+        """Traces the step and counts what it costs one device of a platform, which need not be that of the mesh."""
+        with parallel.use(self.assembly.mesh, self.assembly.rules, portable=True):
             closed = jax.make_jaxpr(self.function)(self.assembly.state, self.batch)
         parameters: dict[tuple[int, ...], Spec] = {}
         leaves = jax.tree.leaves(self.gradients)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from lm.batch import WeightedSum
 from lm.experiment import LossConfig
+from lm.parallel import by_platform
 
 
 class TokenLosses(NamedTuple):
@@ -54,7 +55,7 @@ def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 def _target_logit(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
     # A one-hot product keeps a sharded vocabulary sharded; XLA:CPU writes it to memory, so there it is a gather.
-    return jax.lax.platform_dependent(
+    return by_platform(
         logits_BTV,
         targets_BT,
         cpu=lambda x, i: jnp.take_along_axis(x, i[..., None], axis=-1)[..., 0],

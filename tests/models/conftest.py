@@ -49,6 +49,22 @@ def _make_batch(rows, *, length=None, vocab_size=50, seed=0, prefixes=None, enco
     return jax.tree.map(jax.numpy.asarray, batch)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _whole_programs():
+    """Compiles a model as one program where a test calls it outside of `jax.jit`; its operations would be a hundred."""
+    from lm.models.electra import ElectraModel
+    from lm.models.model import Model
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Model, "init", jax.jit(Model.init, static_argnames="self"))
+    sizes = ("self", "batch_size", "length")
+    patch.setattr(Model, "init_cache", jax.jit(Model.init_cache, static_argnames=sizes))
+    for kind in (ElectraModel, Model):
+        patch.setattr(kind, "apply", jax.jit(kind.apply, static_argnames=("self", "with_logits")))
+    yield
+    patch.undo()
+
+
 @pytest.fixture(name="make_batch", scope="session")
 def _make_batch_fixture():
     return _make_batch
@@ -59,9 +75,9 @@ def _shake_fixture():
     """Moves every parameter away from its initial value, so that no bias is zero and no scale is one."""
 
     def shake(params, seed=1, size=0.3):
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(seed), len(leaves))
-        moved = [x + size * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(tree, moved)
+        # Drawn by numpy: a program for each shape would take longer than the test.
+        rng = np.random.default_rng(seed)
+        moved = [np.asarray(x) + size * rng.standard_normal(x.shape, np.float32) for x in jax.tree.leaves(params)]
+        return jax.tree.unflatten(jax.tree.structure(params), [jax.numpy.asarray(x) for x in moved])
 
     return shake

@@ -8,6 +8,11 @@ import pytest
 from lm.models import routing
 from lm.models.routing import BiasBalancing, ExpertGroups, Router, Routing
 
+# As whole programs: one for each of their operations and shapes would take the most of this file's time.
+route = jax.jit(Router.route, static_argnums=(0, 3))
+tally, z_loss, routing_metrics = jax.jit(routing.tally), jax.jit(routing.z_loss), jax.jit(routing.routing_metrics)
+load_balance_loss = jax.jit(routing.load_balance_loss, static_argnames="per_row")
+
 
 def _routing(experts, probabilities, valid=None):
     experts = jnp.asarray(experts, jnp.int32)
@@ -18,7 +23,7 @@ def _routing(experts, probabilities, valid=None):
 
 def _tally(routed, logits=None, dropped=0.0):
     logits = jnp.zeros(routed.probabilities_BTE.shape) if logits is None else logits
-    return routing.tally(routed, logits, jnp.float32(dropped))
+    return tally(routed, logits, jnp.float32(dropped))
 
 
 def _mean(pair):
@@ -30,7 +35,7 @@ def _load(pair):
 
 
 def _balance(routed, *, per_row=False):
-    return _mean(routing.load_balance_loss(_tally(routed), per_row=per_row))
+    return _mean(load_balance_loss(_tally(routed), per_row=per_row))
 
 
 # The project's notes on objectives, section 1.4: uniform top-1 -> 1.0, uniform top-k -> k, collapsed -> E.
@@ -65,13 +70,13 @@ def test_losses_and_metrics_leave_padding_out():
 
     def measure(logits):
         logits = jnp.asarray(logits)
-        routed = Router().route(logits, None, 2, jnp.asarray(valid))
+        routed = route(Router(), logits, None, 2, jnp.asarray(valid))
         tally = _tally(routed, logits)
         return [
-            routing.load_balance_loss(tally, per_row=False),
-            routing.load_balance_loss(tally, per_row=True),
-            routing.z_loss(tally),
-            routing.routing_metrics(tally),
+            load_balance_loss(tally, per_row=False),
+            load_balance_loss(tally, per_row=True),
+            z_loss(tally),
+            routing_metrics(tally),
         ]
 
     jax.tree.map(np.testing.assert_array_equal, measure(logits), measure(changed))
@@ -80,7 +85,7 @@ def test_losses_and_metrics_leave_padding_out():
 def test_load_balance_is_the_switch_transformers_of_transformers():
     """Equals E * sum f p over all tokens, computed in float64 (Fedus et al. 2022, equations 4 to 6)."""
     logits = np.random.default_rng(1).normal(size=(3, 7, 5)).astype(np.float32)
-    routed = Router().route(jnp.asarray(logits), None, 1, jnp.ones((3, 7), bool))
+    routed = route(Router(), jnp.asarray(logits), None, 1, jnp.ones((3, 7), bool))
     exact = np.exp(logits.astype(np.float64))
     exact /= exact.sum(-1, keepdims=True)
     fractions = np.bincount(exact.argmax(-1).ravel(), minlength=5) / 21
@@ -88,20 +93,20 @@ def test_load_balance_is_the_switch_transformers_of_transformers():
 
 
 def test_z_loss_of_equal_logits_is_the_squared_logarithm_of_their_number():
-    pair = routing.z_loss(_tally(_routing(np.zeros((2, 3, 1)), np.full((2, 3, 8), 1 / 8))))
+    pair = z_loss(_tally(_routing(np.zeros((2, 3, 1)), np.full((2, 3, 8), 1 / 8))))
     assert _mean(pair) == pytest.approx(np.log(8) ** 2)
 
 
 def test_metrics_of_collapsed_and_uniform_routing():
     uniform = _routing(np.arange(4)[None, :, None], np.full((1, 4, 4), 0.25))
-    found = routing.routing_metrics(_tally(uniform, dropped=1.0))
+    found = routing_metrics(_tally(uniform, dropped=1.0))
     assert _mean(found["router/max_load"]) == pytest.approx(1.0)
     assert _mean(found["router/entropy"]) == pytest.approx(np.log(4))
     assert _mean(found["router/min_load"]) == pytest.approx(1.0)
     assert _mean(found["router/drop_rate"]) == pytest.approx(0.25)
     np.testing.assert_allclose(_load(found["router/load_of_4"]), [0.25] * 4)
     collapsed = _routing(np.zeros((1, 4, 1)), np.eye(4)[None, [0, 0, 0, 0]])
-    found = routing.routing_metrics(_tally(collapsed))
+    found = routing_metrics(_tally(collapsed))
     assert _mean(found["router/max_load"]) == pytest.approx(4.0)
     assert _mean(found["router/min_load"]) == pytest.approx(0.0)
     assert _mean(found["router/entropy"]) == pytest.approx(0.0)
@@ -111,10 +116,10 @@ def test_metrics_of_collapsed_and_uniform_routing():
 def test_load_of_each_expert_leaves_padding_out_and_is_left_out_where_it_would_be_endless():
     experts = np.array([[[0, 1], [0, 2], [3, 2], [3, 3]]])
     routed = _routing(experts, np.full((1, 4, 4), 0.25))._replace(valid_BT=jnp.asarray([[True, True, True, False]]))
-    found = routing.routing_metrics(_tally(routed))
+    found = routing_metrics(_tally(routed))
     np.testing.assert_allclose(_load(found["router/load_of_4"]), np.array([2, 1, 2, 1]) / 6)
     many = _routing(np.zeros((1, 4, 1)), np.full((1, 4, 65), 1 / 65))
-    found = routing.routing_metrics(_tally(many))
+    found = routing_metrics(_tally(many))
     assert set(found) == {"router/max_load", "router/min_load", "router/entropy", "router/drop_rate"}
 
 
@@ -123,7 +128,7 @@ def test_tallies_of_pieces_add_up_to_that_of_the_batch():
     valid = jnp.asarray(np.random.default_rng(3).random((4, 5)) < 0.8)
 
     def measure(rows):
-        return _tally(Router().route(logits[rows], None, 2, valid[rows]), logits[rows], 1.0)
+        return _tally(route(Router(), logits[rows], None, 2, valid[rows]), logits[rows], 1.0)
 
     pieces = jax.tree.map(jnp.add, measure(slice(0, 1)), measure(slice(1, 4)))
     jax.tree.map(
@@ -134,12 +139,12 @@ def test_tallies_of_pieces_add_up_to_that_of_the_batch():
 def test_weights_of_the_selected():
     logits = jnp.log(jnp.asarray([[[0.4, 0.1, 0.3, 0.2]]]))
     valid = jnp.ones((1, 1), bool)
-    plain = Router().route(logits, None, 2, valid)
+    plain = route(Router(), logits, None, 2, valid)
     np.testing.assert_array_equal(plain.experts_BTJ, [[[0, 2]]])
     np.testing.assert_allclose(plain.gates_BTJ, [[[0.4, 0.3]]], rtol=1e-6)
-    renormalised = Router(normalize=True, scale=2.0).route(logits, None, 2, valid)
+    renormalised = route(Router(normalize=True, scale=2.0), logits, None, 2, valid)
     np.testing.assert_allclose(renormalised.gates_BTJ, [[[2 * 4 / 7, 2 * 3 / 7]]], rtol=1e-6)
-    sigmoid = Router(score="sigmoid").route(logits, None, 1, valid)
+    sigmoid = route(Router(score="sigmoid"), logits, None, 1, valid)
     np.testing.assert_allclose(sigmoid.gates_BTJ, [[[0.4 / 1.4]]], rtol=1e-6)
 
 
@@ -148,10 +153,10 @@ def test_bias_selects_but_does_not_weigh():
     router = Router(score="sigmoid", balancing=BiasBalancing())
 
     def gates(bias):
-        return router.route(logits, bias, 1, valid).gates_BTJ
+        return route(router, logits, bias, 1, valid).gates_BTJ
 
     bias = jnp.asarray([0.0, 0.0, 10.0])
-    np.testing.assert_array_equal(router.route(logits, bias, 1, valid).experts_BTJ, [[[2]]])
+    np.testing.assert_array_equal(route(router, logits, bias, 1, valid).experts_BTJ, [[[2]]])
     np.testing.assert_allclose(gates(bias), [[[jax.nn.sigmoid(-1.0)]]])
     np.testing.assert_array_equal(jax.jacrev(gates)(bias), np.zeros((1, 1, 1, 3)))
 
@@ -170,7 +175,7 @@ def test_balancing_evens_out_a_skewed_router():
 
     @jax.jit
     def step(bias):
-        routed = router.route(logits, bias, 2, jnp.ones((4, 64), bool))
+        routed = route(router, logits, bias, 2, jnp.ones((4, 64), bool))
         counts = _tally(routed).counts_E
         return router.balancing.update(bias, counts), jnp.max(counts) / jnp.mean(counts)
 
@@ -186,7 +191,7 @@ def test_groups_limit_where_a_token_goes(score):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(size=(2, 9, 12)), jnp.float32)
     groups = ExpertGroups(num_groups=4, num_selected=2, score=score)
-    routed = Router(score="sigmoid", groups=groups).route(logits, None, 4, jnp.ones((2, 9), bool))
+    routed = route(Router(score="sigmoid", groups=groups), logits, None, 4, jnp.ones((2, 9), bool))
     scores = np.sort(np.asarray(jax.nn.sigmoid(logits)).reshape(2, 9, 4, 3), axis=-1)
     value = scores[..., -1] if score == "best" else scores[..., -2:].sum(-1)
     allowed = np.argsort(-value, axis=-1)[..., :2]

@@ -1,6 +1,7 @@
 """Tiny experiments and batches for the tests of the train room."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -12,6 +13,8 @@ from lm.data import Bytes, DataConfig
 from lm.data.tokenizers import ByteTokenizer
 from lm.experiment import CheckpointConfig, EvaluationConfig, Experiment, LoggingConfig
 from lm.optim import Constant, OptimizerConfig
+from lm.training.assembly import Assembly, assemble
+from lm.training.state import TrainState
 
 TOKENIZER = ByteTokenizer(num_sentinels=10)
 
@@ -56,3 +59,16 @@ def one_device() -> parallel.Rules:
     """Context: one device and the default table."""
     mesh = parallel.build_mesh(parallel.MeshConfig(data=1), jax.devices()[:1])
     return parallel.use(mesh, parallel.DEFAULT_RULES)
+
+
+@functools.cache
+def _drawn(model: object, optimizer: OptimizerConfig, seed: int) -> object:
+    init = assemble(tiny(model=model, optimizer=optimizer, seed=seed, mesh=parallel.MeshConfig()), TOKENIZER)
+    return jax.device_get(init.init())
+
+
+def first_state(assembly: Assembly) -> TrainState:
+    """The first state of a run on its mesh, drawn on one once: that the draw is the same has a test of its own."""
+    experiment = assembly.experiment
+    drawn = _drawn(experiment.model, experiment.optimizer, experiment.seed)
+    return jax.tree.map(lambda x, wanted: jax.device_put(x, wanted.sharding), drawn, assembly.state)

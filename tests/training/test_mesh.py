@@ -19,7 +19,7 @@ from lm.training import assembly as assembling
 from lm.training.assembly import assemble
 from lm.training.division import check_batch_size
 from lm.training.step import make_train_step
-from tests.training.experiments import TOKENIZER, random_batch, tiny
+from tests.training.experiments import TOKENIZER, first_state, random_batch, tiny
 
 DECODER = dataclasses.replace(tiny().model, num_layers=4, dropout_rate=0.1)
 SIZES = {
@@ -82,7 +82,7 @@ def _run(name: str, mesh: MeshConfig, sharding: Sharding, steps: int = 2):
     descent = OptimizerConfig(rule=SGD(), schedule=Constant(), learning_rate=0.5)
     config = tiny(mesh=mesh, sharding=sharding, model=MODELS[name], optimizer=descent)
     assembly = assemble(config, TOKENIZER)
-    state = assembly.init()
+    state = first_state(assembly)
     step = jax.jit(make_train_step(config, assembly.model, assembly.optimizer, TOKENIZER.token_bytes))
     history = []
     with assembly.placed():
@@ -123,6 +123,14 @@ def test_the_mesh_does_not_change_the_run(name, mesh, sharding, monkeypatch):
     found, found_params = _run(name, mesh, sharding)
     np.testing.assert_allclose(found, history, rtol=2e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found_params, params)
+
+
+def test_the_mesh_does_not_change_what_is_drawn():
+    descent = OptimizerConfig(rule=SGD())
+    mesh = _mesh(fsdp=2, tensor=2, expert=2)
+    assembly = assemble(tiny(mesh=mesh, model=MODELS["experts"], optimizer=descent), TOKENIZER)
+    found, expected = (jax.device_get(state.params) for state in (assembly.init(), first_state(assembly)))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def _share(arrays) -> float:

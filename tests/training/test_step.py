@@ -1,6 +1,7 @@
 """The train step: microbatches are one batch, bad numbers change nothing, counts are counts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,16 @@ def _state(config):
     model, optimizer = _parts(config)
     make = jax.jit(lambda: init_state(model, optimizer, jnp.asarray(0), config.optimizer.average))
     return model, optimizer, make()
+
+
+AVERAGED = tiny(optimizer=dataclasses.replace(tiny().optimizer, average=Average(decay=0.5, warmup=False)))
+
+
+@functools.cache
+def _averaged_step():
+    """The first state and the compiled step of `AVERAGED`."""
+    model, optimizer, state = _state(AVERAGED)
+    return state, jax.jit(make_train_step(AVERAGED, model, optimizer, TOKENIZER.token_bytes))
 
 
 @pytest.mark.parametrize("num", [2, 4])
@@ -121,10 +132,8 @@ def test_losses_of_the_model_are_added_once():
 
 
 def test_step_trains_and_averages():
-    config = tiny(optimizer=dataclasses.replace(tiny().optimizer, average=Average(decay=0.5, warmup=False)))
     with one_device():
-        model, optimizer, state = _state(config)
-        step = jax.jit(make_train_step(config, model, optimizer, TOKENIZER.token_bytes))
+        state, step = _averaged_step()
         batch = random_batch()
         losses = []
         for _ in range(8):
@@ -140,17 +149,17 @@ def test_step_trains_and_averages():
 
 
 def test_bad_numbers_change_nothing_but_the_counter():
-    config = tiny()
     with one_device():
-        model, optimizer, state = _state(config)
-        params = state.params
-        broken = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), params)
-        step = jax.jit(make_train_step(config, model, optimizer, TOKENIZER.token_bytes))
+        state, step = _averaged_step()
+        broken = jax.tree.map(np.array, state.params)
+        for leaf in jax.tree.leaves(broken):
+            leaf[(0,) * leaf.ndim] = np.nan
         bad = state._replace(params=broken)
         new, metrics = step(bad, random_batch())
         assert metrics["skipped"] == 1.0
         jax.tree.map(np.testing.assert_array_equal, new.params, broken)
         jax.tree.map(np.testing.assert_array_equal, new.opt_state, state.opt_state)
+        jax.tree.map(np.testing.assert_array_equal, new.average, state.average)
         assert int(new.step) == 1
         _, metrics = step(state, random_batch())
         assert metrics["skipped"] == 0.0
@@ -175,7 +184,7 @@ def test_evaluation_counts_every_target():
     with one_device():
         params = jax.jit(model.init)(jax.random.key(0))
         (tokens, _, _), counts = jax.jit(make_evaluation_step(config.loss, model, TOKENIZER.token_bytes))(params, batch)
-        (expected, _, _), _ = compute_sums(model, params, batch, None, LossConfig())
+        (expected, _, _), _ = jax.jit(lambda p, b: compute_sums(model, p, b, None, LossConfig()))(params, batch)
     counted = batch.weights > 0
     np.testing.assert_array_equal(counts["targets"], np.bincount(batch.targets[counted], minlength=TOKENIZER.size))
     assert counts["loss_tokens"] == counted.sum()
@@ -217,7 +226,7 @@ def test_routers_are_balanced_by_the_counts_of_all_microbatches():
             step = make_train_step(
                 dataclasses.replace(config, num_microbatches=num), model, optimizer, TOKENIZER.token_bytes
             )
-            counts = model.apply(state.params, batch).statistics
+            counts = jax.jit(model.apply)(state.params, batch).statistics
             state, metrics = jax.jit(step)(state, batch)
             results.append((state.params, metrics))
     (whole, metrics), (pieces, metrics_of_pieces) = results
