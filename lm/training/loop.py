@@ -142,14 +142,13 @@ class TrainLoop:
             state = state._replace(params=params, average=None if average is None else average.init(params))
         return state
 
-    def run(self, state: TrainState) -> bool:
-        """Trains to the last step; returns False if it was asked to stop before."""
+    def run(self, state: TrainState, stop: threading.Event) -> bool:
+        """Trains to the last step; returns False if `stop` was set before."""
         self._recorder = Recorder(self.assembly, self.workdir, self.step, self._timeline)
         watchdog = Watchdog(self._timeline, self._events, lambda: self.step, self._recorder.warn)
         box = [state]
         try:
             with (
-                _stop_requested() as stop,
                 self.assembly.placed(),
                 self._timeline.listening(),
                 watchdog.watching(),
@@ -348,7 +347,8 @@ def train(
     timeline = Timeline(experiment.health.slow_factor)
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir)
-    with processes.first_holds(locked(folder)):
+    # From here on, so that a start which is asked to stop before its first step ends like any other.
+    with _stop_requested() as stop, processes.first_holds(locked(folder)):
         # Only a first start reads it: a run goes on when the folder it came from is gone.
         if not any((folder / "checkpoints").glob("*")) and not os.path.isdir(experiment.init_from or "."):
             raise ConfigError(f"config.init_from: no directory {experiment.init_from}")
@@ -369,7 +369,7 @@ def train(
             loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params, timeline)
             state = loop.restore()
             processes.first(lambda: _record(loop, force_config))
-            finished = loop.run(state)
+            finished = loop.run(state, stop)
         except BaseException:
             # Of many processes the others do not know of it and would not close with this one.
             if jax.process_count() == 1:
