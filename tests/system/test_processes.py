@@ -34,13 +34,13 @@ def _stop_all(started, workdir, after, victim):
 
 
 def _stopping_evaluate(assembly):
-    """Asks this process to stop at its first evaluation inside the loop."""
+    """Asks this process to stop at its first evaluation inside the loop, which the next start has to make."""
     evaluate = make_evaluate(assembly)
 
-    def wrapped(params, whole):
+    def wrapped(params, whole, check):
         if not whole:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(params, whole)
+        return evaluate(params, whole, check)
 
     return wrapped
 

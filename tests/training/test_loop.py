@@ -3,13 +3,16 @@
 import dataclasses
 import errno
 import json
+import os
 import shutil
+import signal
 
 import pytest
 
 from configs import roberta
 from lm.config import ConfigError, UserError
 from lm.data import DataConfig, DataError, SentencePiece
+from lm.evaluation import heldout
 from lm.evaluation.heldout import make_evaluate
 from lm.experiment import CheckpointConfig, EvaluationConfig
 from lm.objectives import ROBERTA
@@ -17,7 +20,7 @@ from lm.training import checkpoints as checkpoints_module
 from lm.training.checkpoints import CheckpointError, Checkpoints
 from lm.training.logging import read_metrics
 from lm.training.loop import train
-from lm.training.manifests import write_manifest
+from lm.training.manifests import read_manifest, write_manifest
 from lm.training.workdir import WorkdirError
 from tests.training.experiments import tiny
 
@@ -165,11 +168,11 @@ def test_files_deleted_underneath_are_made_again(tmp_path, corpus):
     def make_deleting_evaluate(assembly):
         evaluate = make_evaluate(assembly)
 
-        def wrapped(params, whole):
+        def wrapped(params, whole, check):
             if not whole:
                 shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
                 (tmp_path / "metrics.jsonl").unlink()
-            return evaluate(params, whole)
+            return evaluate(params, whole, check)
 
         return wrapped
 
@@ -180,3 +183,41 @@ def test_files_deleted_underneath_are_made_again(tmp_path, corpus):
     assert (tmp_path / "checkpoints" / "6" / "manifest.json").exists()
     assert [line["step"] for line in _lines(tmp_path, "train")] == [5, 6]
     assert train(run, str(tmp_path), make_evaluate)
+
+
+def _asked_in_batch(monkeypatch, number):
+    """Asks this process to stop in a batch of its evaluations; returns the list to which each batch adds itself."""
+    add, batches = heldout._add, []
+
+    def added(total, result):
+        add(total, result)
+        batches.append(len(batches) + 1)
+        if len(batches) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(heldout, "_add", added)
+    return batches
+
+
+def test_asked_to_stop_in_an_evaluation_it_saves_and_the_next_start_evaluates(tmp_path, corpus, monkeypatch):
+    evaluation = EvaluationConfig(every=2, num_batches=3)
+    run = tiny(corpus, num_steps=4, evaluation=evaluation, checkpoint=CheckpointConfig(every=4, keep_best=2))
+    batches = _asked_in_batch(monkeypatch, -1)
+    assert train(run, str(tmp_path / "whole"), make_evaluate)
+    in_all = len(batches)
+    batches = _asked_in_batch(monkeypatch, 2)
+    assert not train(run, str(tmp_path / "asked"), make_evaluate)
+    assert batches == [1, 2]
+    assert [line["step"] for line in _lines(tmp_path / "asked", "train")] == [1, 2]
+    assert _lines(tmp_path / "asked", "validation") == []
+    assert Checkpoints(tmp_path / "asked", run.checkpoint).steps() == [2]
+    # In the last evaluation, over the whole split, it is asked again.
+    batches = _asked_in_batch(monkeypatch, 4)
+    assert not train(run, str(tmp_path / "asked"), make_evaluate)
+    assert batches == [1, 2, 3, 4]
+    batches = _asked_in_batch(monkeypatch, -1)
+    assert train(run, str(tmp_path / "asked"), make_evaluate)
+    assert len(batches) == in_all - 3
+    assert _lines(tmp_path / "asked", "validation") == _lines(tmp_path / "whole", "validation")
+    metrics = read_manifest(tmp_path / "asked" / "checkpoints" / "2")["metrics"]
+    assert metrics["nll"] == _lines(tmp_path / "whole", "validation")[0]["nll"]
