@@ -13,6 +13,8 @@ set -euo pipefail
 
 readonly PROGRAM="launch_tpu"
 readonly EXIT_USAGE=2 EXIT_SICK=70 EXIT_PREEMPTED=75
+# What says on a VM that it is about to be taken away, asked by curl: the program itself uses no network.
+readonly METADATA="http://metadata.google.internal/computeMetadata/v1/instance" NOTICES=(preempted maintenance-event)
 # A start that lasted this long was healthy: failures are counted anew after it.
 readonly HEALTHY_SECONDS=1800 LONGEST_BACKOFF=600 MOST_LOG_BYTES=1048576 MOST_TRIES=5
 
@@ -168,14 +170,60 @@ worker_mount() {
   gcsfuse --implicit-dirs --rename-dir-limit=100000 "$bucket" ~/lm/bucket
 }
 
+# Asks the metadata server of this VM for what it says of $1; $2 says whether to wait for a change.
+metadata() {
+  curl -fs --noproxy '*' --connect-timeout 2 --max-time 30 -H 'Metadata-Flavor: Google' "$METADATA/$1${2:-}" 2>/dev/null
+}
+
+# Whether the cloud says by the key $1 that it takes this VM away soon.
+worker_leaves() {
+  local told
+  told=$(metadata "$@") || return 2
+  [[ $told == TRUE || $told == TERMINATE_ON_HOST_MAINTENANCE ]] || return 1
+  say "the cloud takes this machine away ($1 is $told)"
+}
+
+# Waits for a notice by the key $1, then asks the session $2, the command in it, to save and stop.
+worker_watch() {
+  local found
+  while true; do
+    found=0
+    # The time limit makes up for a change that falls between two requests.
+    worker_leaves "$1" '?wait_for_change=true&timeout_sec=5' || found=$?
+    case $found in
+      0) break ;;
+      1) sleep 0.2 ;;
+      *) sleep 5 ;;
+    esac
+  done
+  touch ~/lm-run/noticed ~/lm-run/asked
+  kill -TERM -- "-$2"
+}
+
 # Runs the command to its end in the session that worker_start opened, and leaves its exit status behind.
 worker_supervise() {
-  local status=0
+  local status=0 key watchers=()
   # The signal is for the command; this shell has to outlive it.
   trap : TERM INT HUP
   cd ~/lm
   export PATH="$HOME/lm-venv/bin:$PATH"
-  "$@" || status=$?
+  if [[ -e ~/lm-run/noticed ]]; then
+    for key in "${NOTICES[@]}"; do
+      # Started on a VM that is about to go, it could only be stopped again.
+      if worker_leaves "$key"; then status=$EXIT_PREEMPTED; fi
+    done
+  fi
+  if [[ $status == 0 ]]; then
+    rm -f ~/lm-run/noticed
+    for key in "${NOTICES[@]}"; do
+      worker_watch "$key" $$ &
+      watchers+=("$!")
+    done
+    "$@" || status=$?
+    kill "${watchers[@]}" 2>/dev/null || true
+    # It ended by the signal before it listened to it, and so before it had anything to save.
+    if [[ $status == 143 && -e ~/lm-run/asked ]]; then status=$EXIT_PREEMPTED; fi
+  fi
   echo "$status" >~/lm-run/status.new
   mv ~/lm-run/status.new ~/lm-run/status
 }
@@ -188,7 +236,7 @@ worker_start() {
     [[ $(cat ~/lm-run/command) == "$words" ]]
     return
   fi
-  rm -f ~/lm-run/status ~/lm-run/stopped
+  rm -f ~/lm-run/status ~/lm-run/stopped ~/lm-run/asked
   echo "$words" >~/lm-run/command
   # The log is that of this start; what earlier ones wrote is kept beside it.
   if [[ -e ~/lm-run/log ]]; then cat ~/lm-run/log >>~/lm-run/log.earlier; fi
@@ -202,6 +250,7 @@ worker_stop() {
   local pid tenths=$((10 * $1))
   if [[ $(worker_state) != running* ]]; then return; fi
   read -r pid _ <~/lm-run/pid
+  touch ~/lm-run/asked
   kill -TERM -- "-$pid" 2>/dev/null || true
   while [[ $(worker_state) == running* ]]; do
     if ((tenths-- <= 0)); then

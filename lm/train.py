@@ -35,7 +35,8 @@ def main(_: list[str]) -> int:
     from lm.interop import import_params
     from lm.parallel import processes
     from lm.training.health import EXIT_SICK, SickRunError
-    from lm.training.loop import EXIT_PREEMPTED, train
+    from lm.training.loop import train
+    from lm.training.stopping import EXIT_PREEMPTED
     from lm.training.workdir import open_workdir
 
     start, folder, force = processes.Start(**program.start()), open_workdir(workdir), _FORCE.value

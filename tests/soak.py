@@ -2,15 +2,18 @@
 
 python -m tests.soak --kills=25 --seed=0
 
-Runs real processes and kills them with SIGKILL, SIGTERM, or SIGSTOP and then SIGKILL: during compilation, a step, an
-evaluation, the write of a checkpoint, its commit, its deletion, right after a resume (so also twice in a row); of two
-processes one. At the end the whole loss history, the parameters, the optimizer's state, the data iterator's state and
-the hash of all examples read must equal those of a run that was left alone.
+Runs real processes and kills them with SIGKILL, SIGTERM, SIGSTOP and then SIGKILL, or SIGTERM and then SIGKILL before
+the save may be done: during compilation, a step, an evaluation, the write of a checkpoint, its commit, its deletion,
+right after a resume (so also twice in a row); of two processes one. A moment is hit if it still shows once all
+processes stand still; one that is missed is tried again and not counted. At the end the whole loss history, the
+parameters, the optimizer's state, the data iterator's state and the hash of all examples read must equal those of a run
+that was left alone. Two runs go side by side.
 """
 
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -19,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent import futures
 
 from absl import app, flags, logging
 
@@ -27,7 +31,8 @@ from tests.system import experiments, runs
 
 EVERY = 10  # steps between checkpoints, and between evaluations
 PREEMPTED = 75
-LIMIT = 240.0  # seconds after which a process counts as hung
+LIMIT = 900.0  # seconds after which a process counts as hung
+LANES = 2  # runs side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,59 +46,120 @@ class Case:
 
 CASES = (
     Case("decoder", experiments.decoder),
-    Case("encoder-decoder, UL2", experiments.encoder_decoder),
+    Case("encoder-decoder, UL2 on three sources", experiments.encoder_decoder),
     Case("mixture of experts", experiments.experts),
     Case("decoder, 2 processes", experiments.decoder, 2),
 )
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGSTOP, SIGKILL", "SIGTERM, SIGKILL")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """What was killed, when and how; `saved` is whether its start had committed a checkpoint before."""
+
+    case: str
+    moment: str
+    signal: str
+    saved: bool
+
+
 class Watched:
-    """What a workdir shows of the run in it."""
+    """What a workdir shows of the start of a run that is about to be made."""
 
-    workdir: pathlib.Path
+    def __init__(self, workdir: pathlib.Path) -> None:
+        self._log, self._record, self._checkpoints = (
+            workdir / "metrics.jsonl",
+            workdir / "run.json",
+            workdir / "checkpoints",
+        )
+        self._starts_before = self._starts()
+        self._log_before = self._inode(self._log)
+        self._folders_before = set(self._folders())
+        self.first_step = -1
+        self.step = self.evaluated = 0
 
-    def step(self) -> int:
-        file = self.workdir / "metrics.jsonl"
-        if not file.exists():
+    @staticmethod
+    def _inode(path: pathlib.Path) -> int:
+        try:
+            return path.stat().st_ino
+        except OSError:
             return 0
-        lines = [line for line in file.read_text().splitlines() if line.endswith("}") and '"train"' in line]
-        return json.loads(lines[-1])["step"] if lines else 0
 
-    def starts(self) -> int:
-        file = self.workdir / "run.json"
-        return len(json.loads(file.read_text())["starts"]) if file.exists() else 0
+    def _starts(self) -> list[dict]:
+        return json.loads(self._record.read_text())["starts"] if self._record.exists() else []
 
-    def checkpoints(self, pattern: str) -> bool:
-        return any((self.workdir / "checkpoints").glob(pattern))
+    def _folders(self) -> dict[tuple[str, int], str]:
+        try:
+            return {(entry.name, entry.inode()): entry.path for entry in os.scandir(self._checkpoints)}
+        except OSError:
+            return {}
+
+    def look(self) -> None:
+        """Reads how far the run has come; of a start that has not begun yet, the last one's."""
+        if self.first_step < 0:
+            starts = self._starts()
+            if len(starts) > len(self._starts_before):
+                self.first_step = self.step = starts[-1]["from_step"]
+        # The log is written anew once a start begins.
+        if self.first_step < 0 or self._inode(self._log) in (0, self._log_before):
+            return
+        with self._log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
+            lines = file.read().split(b"\n")[:-1]
+        for line in lines[1:] if len(lines) > 1 else lines:
+            found = json.loads(line)
+            if found["split"] == "train":
+                self.step = found["step"]
+            else:
+                self.evaluated = found["step"]
+
+    def last_step(self) -> int:
+        """Returns the last step in the log, of whichever start."""
+        lines = self._log.read_bytes().split(b"\n")[:-1] if self._log.exists() else []
+        return max((json.loads(line)["step"] for line in lines[-3:]), default=0)
+
+    @property
+    def has_begun(self) -> bool:
+        return self.first_step >= 0
+
+    @property
+    def steps_done(self) -> int:
+        return self.step - self.first_step if self.has_begun else 0
+
+    def folders(self, *, ending: str = "", holding: str = "") -> list[str]:
+        """Returns the folders of this start among the checkpoints."""
+        new = {key: path for key, path in self._folders().items() if key not in self._folders_before}
+        return [
+            path
+            for (name, _), path in new.items()
+            if (name.endswith(ending) if ending else ".orbax-checkpoint-tmp" in name)
+            and (not holding or os.path.exists(f"{path}/{holding}"))
+        ]
+
+    def has_saved(self) -> bool:
+        return any(name.isdecimal() for name, _ in set(self._folders()) - self._folders_before)
 
 
-# Each returns whether the moment has come: (what is seen, step to wait for, starts before this one).
-MOMENTS: dict[str, Callable[[Watched, int, int], bool]] = {
-    "compilation": lambda seen, step, starts: seen.starts() > starts,
-    "step": lambda seen, step, starts: seen.step() >= step,
-    "evaluation": lambda seen, step, starts: seen.step() >= -(-step // EVERY) * EVERY,
-    "write": lambda seen, step, starts: seen.step() >= step and seen.checkpoints("*.orbax-checkpoint-tmp*"),
-    "commit": lambda seen, step, starts: (
-        seen.step() >= step and seen.checkpoints("*.orbax-checkpoint-tmp*/manifest.json")
-    ),
-    "deletion": lambda seen, step, starts: seen.checkpoints("*.deleted"),
-    "resume": lambda seen, step, starts: seen.starts() > starts and seen.step() >= 1,
+# Each returns whether the moment is now: (what is seen, the first step at which it may be).
+MOMENTS: dict[str, Callable[[Watched, int], bool]] = {
+    "compilation": lambda seen, step: seen.has_begun and seen.steps_done == 0,
+    "resume": lambda seen, step: 1 <= seen.steps_done <= 3,
+    "step": lambda seen, step: seen.step >= step and seen.step % EVERY != 0,
+    "evaluation": lambda seen, step: seen.step >= step and seen.step % EVERY == 0 and seen.evaluated < seen.step,
+    "write": lambda seen, step: seen.step >= step and bool(seen.folders()),
+    "commit": lambda seen, step: seen.step >= step and bool(seen.folders(holding="manifest.json")),
+    "deletion": lambda seen, step: seen.step >= step and bool(seen.folders(ending=".deleted")),
 }
-# Longest random delay in seconds after the moment, so that kills fall into every part of it.
-DELAYS = {"compilation": 1.5, "step": 0.03, "evaluation": 0.2, "write": 0.05, "commit": 0.003, "deletion": 0.003}
+# Longest random delay in seconds after a moment has come, so that kills fall into every part of it.
+DELAYS = {"compilation": 1.5, "step": 0.02, "evaluation": 0.1, "write": 0.05, "commit": 0.002, "deletion": 0.0005}
+# Over in a millisecond, where no look may be missed; they come with a checkpoint.
+SHORT = ("commit", "deletion", "resume")
 
 
-def _start(case: Case, arguments: list[str]) -> list[subprocess.Popen]:
+def _start(case: Case, arguments: list[str], root: pathlib.Path = runs.ROOT) -> list[subprocess.Popen]:
     if case.processes == 1:
-        return [runs.start("lm.train", *arguments)]
+        return [runs.start("lm.train", *arguments, root=root)]
     return runs.start_many("lm.train", case.processes, 1, *arguments)
-
-
-def _reap(processes: list[subprocess.Popen]) -> list[int]:
-    for process in processes:
-        process.kill()
-    return [runs.finish(process)[0] for process in processes]
 
 
 def _finish(processes: list[subprocess.Popen]) -> None:
@@ -107,39 +173,69 @@ def _finish(processes: list[subprocess.Popen]) -> None:
         raise AssertionError(f"exit statuses {[code for code, _, _ in ended]}:\n{ended[0][2][-3000:]}")
 
 
-def _kill(processes: list[subprocess.Popen], victim: int, kind: str) -> list[int]:
-    """Kills one process, then the others as a launcher does; returns the exit statuses."""
-    if kind == "SIGTERM":
-        processes[victim].send_signal(signal.SIGTERM)
-        deadline = time.monotonic() + LIMIT
-        while processes[victim].poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if processes[victim].returncode in (0, PREEMPTED):
-            # All have agreed on the step: each ends by itself.
-            return [runs.finish(process, LIMIT)[0] for process in processes]
-        return _reap(processes)
-    if kind == "SIGSTOP":
-        processes[victim].send_signal(signal.SIGSTOP)
-        time.sleep(1.0)
-    processes[victim].kill()
-    return _reap(processes)
+def _halt(process: subprocess.Popen) -> bool:
+    """Stops a process and returns once it stands still; False if it has ended."""
+    if process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGSTOP)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        return True
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return False
 
 
-def _wait(processes: list[subprocess.Popen], seen: Watched, moment: str, step: int) -> str | None:
-    """Waits for a moment; returns what came: it, that it was too short to be seen, or None for the run's end."""
-    starts, has_come = seen.starts(), MOMENTS[moment]
-    deadline, looks = time.monotonic() + LIMIT, 0
-    while all(process.poll() is None for process in processes):
-        if has_come(seen, step, starts):
-            return moment
-        # A deletion lasts a millisecond: most looks must be quick.
-        looks += 1
-        if looks % 50 == 0 and seen.step() >= step + 2 * EVERY:
-            return f"{moment} missed"
-        if time.monotonic() > deadline:
-            raise AssertionError(f"neither the moment nor the end came in {LIMIT} s")
-        time.sleep(0.0003)
-    return None
+def _go_on(processes: Iterable[subprocess.Popen]) -> None:
+    for process in processes:
+        process.send_signal(signal.SIGCONT)
+
+
+def _strike(processes: list[subprocess.Popen], victim: int, kind: str, rng: random.Random) -> list[int]:
+    """Kills one of the processes, which stand still, and then the others as a launcher does; returns the statuses."""
+    one, others = processes[victim], [process for number, process in enumerate(processes) if number != victim]
+    first, _, then = kind.partition(", ")
+    one.send_signal(signal.Signals[first])
+    _go_on(others if first == "SIGSTOP" else processes)
+    if first == "SIGTERM" and not then:
+        # All agree on the step, and each ends by itself.
+        ended = [runs.finish(process, LIMIT) for process in processes]
+        codes = [code for code, _, _ in ended]
+        if codes != [PREEMPTED] * len(codes) and set(codes) != {-signal.SIGTERM}:
+            raise AssertionError(f"exit statuses {codes} after SIGTERM:\n{ended[0][2][-3000:]}")
+        assert set(codes) != {PREEMPTED} or "saved. The same command goes on from here" in ended[0][2], ended[0][2]
+        return codes
+    if then:
+        time.sleep(1.0 if first == "SIGSTOP" else rng.uniform(0.0, 0.3))
+        one.kill()
+    # What the others do alone must do no harm.
+    time.sleep(rng.uniform(0.0, 0.5) if others else 0.0)
+    for process in others:
+        process.kill()
+    return [runs.finish(process)[0] for process in processes]
+
+
+def _hit(processes: list[subprocess.Popen], seen: Watched, moment: str, step: int, rng: random.Random) -> int | None:
+    """Halts the processes inside a moment; returns how often it was missed before, None if the run ended first."""
+    missed, delay, deadline = 0, DELAYS.get(moment, 0.005), time.monotonic() + LIMIT
+    while True:
+        seen.look()
+        if not MOMENTS[moment](seen, step):
+            if any(process.poll() is not None for process in processes):
+                return None
+            if time.monotonic() > deadline:
+                raise AssertionError(f"neither the moment nor the end came in {LIMIT} s")
+            near = moment in SHORT and seen.has_begun and (seen.step + 2) % EVERY <= 3
+            time.sleep(0 if near else 0.002)
+            continue
+        time.sleep(rng.uniform(0.0, delay))
+        stand = [_halt(process) for process in processes]
+        seen.look()
+        if all(stand) and MOMENTS[moment](seen, step):
+            return missed
+        _go_on(process for process, stands in zip(processes, stand, strict=True) if stands)
+        if not all(stand):
+            return None
+        missed, delay = missed + 1, delay / 2
 
 
 def _compare(whole: pathlib.Path, broken: pathlib.Path, num_steps: int) -> None:
@@ -159,13 +255,13 @@ def _compare(whole: pathlib.Path, broken: pathlib.Path, num_steps: int) -> None:
         assert steps == [line["step"] for line in expected], f"{split}: steps {steps}"
         for one, other in zip(expected, got, strict=True):
             assert one == other, f"{split}, step {one['step']}:\n{one}\n{other}"
-    assert runs.history(broken)[-1]["step"] == num_steps
-    found = []
+    assert [line["step"] for line in runs.history(broken)] == list(range(1, num_steps + 1))
+    experiment = dataclasses.replace(read_config(broken), mesh=MeshConfig())
+    tokenizer = load_tokenizer(experiment.data.tokenizer, None, broken / "tokenizer")
+    like, found = assemble(experiment, tokenizer).state, []
     for folder in (whole, broken):
-        experiment = dataclasses.replace(read_config(folder), mesh=MeshConfig())
-        tokenizer = load_tokenizer(experiment.data.tokenizer, None, folder / "tokenizer")
         checkpoints = Checkpoints(folder, experiment.checkpoint)
-        restored = checkpoints.restore(assemble(experiment, tokenizer).state)
+        restored = checkpoints.restore(like)
         checkpoints.close()
         assert restored is not None
         assert restored.step == num_steps
@@ -174,62 +270,109 @@ def _compare(whole: pathlib.Path, broken: pathlib.Path, num_steps: int) -> None:
     assert found[0][1] == found[1][1]
 
 
-def soak(folder: pathlib.Path, case: Case, kills: int, rng: random.Random, say: Callable[[str], None]) -> list[str]:
-    """Runs a case once unbroken and once with kills; returns what was killed how, and raises if they differ."""
-    folder.mkdir(parents=True, exist_ok=True)
-    num_steps = 30 * kills + 2 * EVERY
-    base = case.make(folder / "text", num_steps=num_steps, batch_size=8)
-    experiment = dataclasses.replace(
-        base,
-        evaluation=dataclasses.replace(base.evaluation, every=EVERY, num_batches=1),
-        checkpoint=dataclasses.replace(base.checkpoint, every=EVERY, keep_last=2),
-    )
-    config = experiments.save(experiment, folder / "config.json")
-    whole, broken = folder / "whole", folder / "broken"
-    _finish(_start(case, [config, f"--workdir={whole}"]))
-    seen, done = Watched(broken), []
-    moments: list[str] = []
-    while len(done) < kills:
-        if not moments:
-            moments = rng.sample(list(MOMENTS), len(MOMENTS))
-        moment, kind = moments.pop(), rng.choice(("SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP"))
-        step = seen.step() + rng.randrange(1, EVERY + 3)
-        processes = _start(case, [config, f"--workdir={broken}"])
-        came = _wait(processes, seen, moment, step)
-        if came is None:
-            _finish(processes)
-            say(f"{case.name}: finished before a {moment} came")
-            break
-        time.sleep(rng.uniform(0, DELAYS.get(moment, 0.01)))
-        victim = rng.randrange(case.processes)
-        codes = _kill(processes, victim, kind)
-        done.append(f"{came}, {kind}")
-        say(f"{case.name}: {kind} of process {victim} in {came} at step {seen.step()}: exit {codes}")
-    _finish(_start(case, [config, f"--workdir={broken}"]))
-    _compare(whole, broken, num_steps)
-    return done
+@dataclasses.dataclass
+class Soak:
+    """A case, its kills, and where its two runs lie; enough steps for each kill that the run does not end before."""
+
+    folder: pathlib.Path
+    case: Case
+    plan: list[tuple[str, str]]
+    rng: random.Random
+    say: Callable[[str], None]
+    steps_per_kill: int = 40
+    missed: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.num_steps = self.steps_per_kill * len(self.plan) + 2 * EVERY
+        base = self.case.make(self.folder / "text", num_steps=self.num_steps, batch_size=8)
+        self.experiment = dataclasses.replace(
+            base,
+            evaluation=dataclasses.replace(base.evaluation, every=EVERY, num_batches=1),
+            checkpoint=dataclasses.replace(base.checkpoint, every=EVERY, keep_last=2),
+        )
+        config = experiments.save(self.experiment, self.folder / "config.json")
+        self._broken = [config, f"--workdir={self.folder / 'broken'}"]
+
+    def leave_alone(self, root: pathlib.Path = runs.ROOT, **changes: object) -> None:
+        """Makes the unbroken run, by the package in `root` and with changes to the config that change no figure."""
+        config = experiments.save(dataclasses.replace(self.experiment, **changes), self.folder / "whole.json")
+        _finish(_start(self.case, [config, f"--workdir={self.folder / 'whole'}"], root))
+
+    def kill_all(self) -> list[Kill]:
+        """Makes the other run, killing it as planned; returns what was hit, which is less if the run ends before."""
+        done: list[Kill] = []
+        for moment, kind in self.plan:
+            seen = Watched(self.folder / "broken")
+            step = seen.last_step() + self.rng.randrange(1, EVERY + 3)
+            processes = _start(self.case, self._broken)
+            try:
+                missed = _hit(processes, seen, moment, step, self.rng)
+                if missed is None:
+                    _finish(processes)
+                    self.say(f"{self.case.name}: ended before {moment} was hit")
+                    break
+                self.missed += missed
+                done.append(Kill(self.case.name, moment, kind, seen.has_saved()))
+                victim = self.rng.randrange(self.case.processes)
+                codes = _strike(processes, victim, kind, self.rng)
+            finally:
+                for process in processes:
+                    process.kill()
+            self.say(f"{self.case.name}: {kind} of process {victim} in {moment} at step {seen.step}: exit {codes}")
+        _finish(_start(self.case, self._broken))
+        return done
+
+    def compare(self) -> None:
+        """Raises unless both runs are the same, bit for bit."""
+        _compare(self.folder / "whole", self.folder / "broken", self.num_steps)
+
+
+def make_plan(kills: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Returns as many pairs of moment and signal, each moment as often as the others, each signal too."""
+
+    def dealt(names: Iterable[str]) -> list[str]:
+        cards = list(names)
+        return [name for _ in range(-(-kills // len(cards))) for name in rng.sample(cards, len(cards))][:kills]
+
+    return list(zip(dealt(MOMENTS), dealt(SIGNALS), strict=True))
 
 
 def main(_: list[str]) -> None:
     """Runs every case with its share of the kills."""
     logging.set_verbosity(logging.WARNING)
-    kills, rng, started = _KILLS.value, random.Random(_SEED.value), time.monotonic()
+    kills, seed, started = _KILLS.value, _SEED.value, time.monotonic()
     folder = pathlib.Path(_FOLDER.value or tempfile.mkdtemp(prefix="soak-"))
-    counts: collections.Counter[str] = collections.Counter()
 
     def say(text: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {text}", flush=True)
 
-    for number, case in enumerate(CASES):
-        share = kills // len(CASES) + (number < kills % len(CASES))
-        if share:
-            counts.update(soak(folder / str(number), case, share, rng, say))
-            say(f"{case.name}: bit for bit the unbroken run")
-    say(f"{counts.total()} kills, seed {_SEED.value}: " + "; ".join(f"{k} {n}" for k, n in sorted(counts.items())))
+    rng = random.Random(seed)
+    whole_plan, soaks = make_plan(kills, rng), []
+    for number, case in enumerate(CASES[:kills]):
+        plan = whole_plan[number :: len(CASES)]
+        soaks.append(Soak(folder / str(number), case, plan, random.Random(f"{seed} {case.name}"), say))
+    with futures.ThreadPoolExecutor(LANES) as lanes:
+        broken = [lanes.submit(soak.kill_all) for soak in soaks]
+        whole = [lanes.submit(soak.leave_alone) for soak in soaks]
+        done = [kill for future in broken for kill in future.result()]
+        for future in whole:
+            future.result()
+    for soak in soaks:
+        soak.compare()
+        say(f"{soak.case.name}: bit for bit the unbroken run")
+    for name in ("case", "moment", "signal"):
+        counts = collections.Counter(getattr(kill, name) for kill in done)
+        say(f"by {name}: " + "; ".join(f"{key} {count}" for key, count in sorted(counts.items())))
+    again = sum(not kill.saved for kill in done)
+    say(
+        f"{kills} kills asked for, {len(done)} landed, {again} of them before their start had saved anything; "
+        f"{sum(soak.missed for soak in soaks)} moments missed and tried again; seed {seed}"
+    )
+    if len(done) < kills:
+        sys.exit(f"only {len(done)} of {kills} kills: the runs in {folder} ended before")
     if _FOLDER.value is None:
         shutil.rmtree(folder)
-    if counts.total() < kills:
-        sys.exit(f"only {counts.total()} of {kills} kills: the runs ended before")
 
 
 if __name__ == "__main__":

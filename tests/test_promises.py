@@ -12,7 +12,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 NAMED = re.compile(r"`(tests/[\w./-]+)(?:::(\w+)(?:\[[^\]]*\])?)?`|`python -m (tests[\w.]+)")
 # Issue 5 by its sections: what docs/reliability.md must have a promise for, by a word of the test or the program.
 SUBJECTS = (
-    *("test_kill", "test_soak", "tests.soak", "test_checkpoints", "test_a_full_disk", "test_two_runs_in_one_folder"),
+    *("test_soak", "tests.soak", "test_checkpoints", "test_a_full_disk", "test_two_runs_in_one_folder"),
     *("test_launch", "test_diagnosis", "test_spikes", "test_a_step_is_computed_twice", "test_replay", "test_watchdog"),
     *("test_timeline", "test_artefacts", "test_fuzz", "tests.fuzz"),
 )

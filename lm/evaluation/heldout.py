@@ -8,6 +8,7 @@ the host, each token's exactly once.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -68,8 +69,12 @@ class HeldOut:
 SHARED = ("bits_per_byte", "unigram_bits_per_byte", "bytes")
 
 
+def _go_on() -> None:
+    """Leaves no evaluation off."""
+
+
 def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size: int | None = None) -> Evaluate:
-    """Returns a function (params, whole split?) -> figures; see `HeldOut.figures`. Without a split there are none.
+    """Returns the held-out evaluation of a run; see `HeldOut.figures`. Without a split there are none.
 
     The loss, perplexity, accuracy and tokens are of the run's own objective; what `SHARED` names is of the yardstick,
     which for a causal model is the same.
@@ -84,7 +89,7 @@ def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size
     shards = row_shards(assembly.mesh)
     rows = -(-rows // shards) * shards
     if data is None and not config.data.validation_fraction:
-        return lambda params, whole: {}
+        return lambda params, whole, check=_go_on: {}
     # Opened once before training, so that what is wrong with the split is said at the start.
     _open(assembly, data, config.objective, rows).close()
     yardstick = choose_yardstick(config.objective, config.model.layout).objective
@@ -92,24 +97,25 @@ def make_evaluate(assembly: Assembly, data: DataConfig | None = None, batch_size
     # Whole in every process, which all add up the same sums.
     step = jax.jit(step, out_shardings=NamedSharding(assembly.mesh, PartitionSpec()))
 
-    def score(objective: Objective, params: Tree, whole: bool) -> dict[str, float]:
+    def score(objective: Objective, params: Tree, whole: bool, check: Callable[[], None]) -> dict[str, float]:
         total = HeldOut(np.zeros(assembly.tokenizer.size, np.int64))
         batches = _open(assembly, data, objective, rows)
         try:
             limit = None if whole else config.evaluation.num_batches
             with assembly.placed():
                 for batch in itertools.islice(batches, limit):
+                    check()
                     result = step(params, assembly.place(batch))
                     _add(total, jax.device_get(result))
         finally:
             batches.close()
         return total.figures()
 
-    def evaluate(params: Tree, whole: bool) -> dict[str, float]:
-        own = score(config.objective, params, whole)
+    def evaluate(params: Tree, whole: bool, check: Callable[[], None] = _go_on) -> dict[str, float]:
+        own = score(config.objective, params, whole, check)
         if yardstick == config.objective:
             return own
-        shared = score(yardstick, params, whole)
+        shared = score(yardstick, params, whole, check)
         return own | {name: shared[name] for name in SHARED}
 
     return evaluate

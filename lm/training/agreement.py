@@ -38,9 +38,9 @@ class Agreement:
         self._num_blocks = assembly.row_block()[1]
         self._rows = NamedSharding(mesh, parallel.spec(("batch", None), assembly.rules.activations))
         self._devices = NamedSharding(mesh, PartitionSpec(parallel.MESH_AXES))
-        self._share = jax.jit(
-            lambda rows, stops: Word(rows, jnp.max(stops)), out_shardings=NamedSharding(mesh, PartitionSpec())
-        )
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._share = jax.jit(lambda rows, stops: Word(rows, jnp.max(stops)), out_shardings=whole)
+        self._any = jax.jit(jnp.max, out_shardings=whole)
 
     def say(self, batches: Batches, stop: bool) -> Word:
         """Starts telling the others of the batch last read, and whether this process was asked to stop."""
@@ -49,10 +49,17 @@ class Agreement:
         rows = np.concatenate([numbers[:, None], halves], axis=1)
         if self._alone:
             return Word(rows, stop)
-        size = self._devices.num_devices
-        stops = jax.make_array_from_callback((size,), self._devices, lambda _: np.asarray([stop], np.int32))
         shape = (len(rows) * self._num_blocks, rows.shape[1])
-        return self._share(jax.make_array_from_process_local_data(self._rows, rows, shape), stops)
+        return self._share(jax.make_array_from_process_local_data(self._rows, rows, shape), self._spread(stop))
+
+    def _spread(self, stop: bool) -> jax.Array:
+        """Returns i32[devices] that holds the word of each device's process."""
+        shape = (self._devices.num_devices,)
+        return jax.make_array_from_callback(shape, self._devices, lambda _: np.asarray([stop], np.int32))
+
+    def any_process(self, stop: bool) -> bool:
+        """Returns whether any process says yes; all must ask together, and wait for each other."""
+        return stop if self._alone else bool(jax.device_get(self._any(self._spread(stop))))
 
     def hear(self, word: Word) -> tuple[str, bool]:
         """Returns the hash of all rows of a step, and whether any process was asked to stop."""

@@ -1,7 +1,8 @@
 """What happened to a run besides training: events.jsonl, one line each, in the order of happening.
 
-Knows no meaning of any event. Law: lines are only ever added, by all threads of one process whole; metrics.jsonl is the
-history of the run, this file that of its starts, so what a restart did again stands here twice.
+Knows no meaning of any event. Laws: lines are only ever added, by all threads of one process whole; metrics.jsonl is
+the history of the run, this file that of its starts, so what a restart did again stands here twice. What the disk does
+not take is kept for the next try and stops nobody.
 """
 
 import json
@@ -10,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from absl import logging
 
 from lm.training.logging import read_log
 
@@ -21,6 +24,8 @@ class Events:
         """Opens nothing yet: a run to which nothing happens has no such file."""
         self._path = workdir / (f"events.{process}.jsonl" if process else "events.jsonl")
         self._lock = threading.Lock()
+        # Lines that a full or read-only disk did not take yet.
+        self._waiting = ""
 
     def write(self, kind: str, step: int, **facts: Any) -> None:
         """Adds a line.
@@ -32,8 +37,16 @@ class Events:
         """
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = json.dumps({"time": at, "kind": kind, "step": step, **facts})
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with self._lock:
+            self._waiting += line + "\n"
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(self._waiting)
+                self._waiting = ""
+            except OSError as error:
+                logging.error(
+                    "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
+                )
 
 
 def read_events(workdir: pathlib.Path, kind: str | None = None) -> Iterator[dict[str, Any]]:

@@ -4,6 +4,7 @@ Knows no model and no device. Law: metrics.jsonl is the history of one run; line
 resumed run does again are taken back first, so the file equals that of an unbroken run but for times.
 """
 
+import contextlib
 import io
 import json
 import math
@@ -102,11 +103,10 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         self._file = self._reopen(lambda line: line["step"] <= first_step)
         self._events = EventFileWriter(str(workdir / "tensorboard")) if config.tensorboard else None
-        if self._events is not None and first_step:
+        if first_step:
             # Tells TensorBoard to forget what an interrupted run logged after this step.
-            self._events.add_event(
-                Event(step=first_step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
-            )
+            log = SessionLog(status=SessionLog.START)
+            self._add(Event(step=first_step + 1, wall_time=time.time(), session_log=log))
 
     def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> BinaryIO:
         if self._path.exists():
@@ -115,11 +115,15 @@ class MetricsWriter:
         return self._path.open("ab", buffering=0)
 
     def take_back(self, step: int, split: str) -> None:
-        """Takes back the line of a step that is measured again."""
+        """Takes back the line of a step that is measured again.
+
+        Where the disk does not allow it the line stays, before the new one.
+        """
         if self._file is None:
             return
-        self._file.close()
-        self._file = self._reopen(lambda line: (line["step"], line["split"]) != (step, split))
+        with contextlib.suppress(OSError):
+            old, self._file = self._file, self._reopen(lambda line: (line["step"], line["split"]) != (step, split))
+            old.close()
 
     def write(self, step: int, split: str, values: Mapping[str, float], **notes: str) -> None:
         """Writes one line; figures that are not finite are written as strings, so that the file stays JSON.
@@ -132,14 +136,14 @@ class MetricsWriter:
         """
         if self._file is None:
             return
-        if not self._path.exists():
-            # Deleted underneath: what is written now at least is kept.
-            self._file.close()
-            self._file = self._path.open("ab", buffering=0)
         shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         line = json.dumps({"step": step, "split": split, **notes, **shown}) + "\n"
         self._waiting += line.encode()
         try:
+            if not self._path.exists():
+                # Deleted underneath: what is written now at least is kept.
+                old, self._file = self._file, self._path.open("ab", buffering=0)
+                old.close()
             self._waiting = self._waiting[self._file.write(self._waiting) :]
             self._is_full = False
         except OSError as error:
@@ -148,16 +152,29 @@ class MetricsWriter:
                 logging.error(
                     "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
                 )
-        if self._events is not None:
-            scalars = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
-            self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
+        scalars = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
+        self._add(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
+
+    def _add(self, event: Event | None) -> None:
+        """Adds to the event file, or closes it; the thread that writes it has ended once the disk did not take it."""
+        if self._events is None:
+            return
+        try:
+            if event is None:
+                self._events.close()
+            else:
+                self._events.add_event(event)
+        except OSError as error:
+            logging.error("tensorboard/ cannot be written (%s); this start writes no more of it", error.strerror)
+            self._events = None
 
     def close(self) -> None:
         """Flushes and closes both files."""
         if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.write(self._waiting)
             self._file.close()
-        if self._events is not None:
-            self._events.close()
+        self._add(None)
 
 
 def _speed(tokens_per_second: float) -> str:

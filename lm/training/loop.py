@@ -10,11 +10,9 @@ import json
 import math
 import os
 import pathlib
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 import jax
 
@@ -39,40 +37,27 @@ from lm.training.checkpoints import Checkpoints, Restored
 from lm.training.diagnosis import find_first_bad
 from lm.training.events import Events
 from lm.training.health import Counters, Finished, Health, SickRunError, Verdict, read_saved
+from lm.training.logging import read_metrics
+from lm.training.manifests import add_metrics
 from lm.training.order import Detours, PassedOver, chain
 from lm.training.recorder import Recorder
 from lm.training.state import TrainState, Tree
 from lm.training.step import means
+from lm.training.stopping import StoppedError, Stopping, stop_requested
 from lm.training.timeline import Timeline, age, read_seconds
 from lm.training.watchdog import Watchdog
 from lm.training.workdir import check_data, locked, open_workdir, read_starts, save_config, write_record
 
-# sysexits.h EX_TEMPFAIL: saved, not finished, to be started again.
-EXIT_PREEMPTED = 75
 
-# (parameters, whether the whole split is wanted) -> held-out figures, "nll" among them.
-Evaluate = Callable[[Tree, bool], dict[str, float]]
+class Evaluate(Protocol):
+    """Measures parameters on held-out data."""
 
+    def __call__(self, params: Tree, whole: bool, check: Callable[[], None] = ..., /) -> dict[str, float]:
+        """Returns held-out figures, "nll" among them, of some batches or the whole split; empty if there is no split.
 
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; a second SIGINT interrupts at once."""
-    event = threading.Event()
-
-    def request(number: int, _: Any) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    old = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield event
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        `check` is called before each batch and may raise, which ends it.
+        """
+        ...
 
 
 class TrainLoop:
@@ -106,8 +91,6 @@ class TrainLoop:
         self._verdict: tuple[Verdict, Finished] | None = None
         self._held_out: tuple[int, dict[str, float]] = (-1, {})
         self._agreement = Agreement(assembly)
-        # Whether all processes know by now that one was asked to stop.
-        self._stop_agreed = False
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
         on_cpu = parallel.platform_of(assembly.mesh) == "cpu"
         self._one_at_a_time = on_cpu and assembly.mesh.size > 1
@@ -142,21 +125,22 @@ class TrainLoop:
             state = state._replace(params=params, average=None if average is None else average.init(params))
         return state
 
-    def run(self, state: TrainState) -> bool:
-        """Trains to the last step; returns False if it was asked to stop before."""
+    def run(self, state: TrainState, asked: threading.Event) -> bool:
+        """Trains to the last step and evaluates; returns False if it was asked to stop before."""
+        self._stopping = Stopping(asked, self._agreement.any_process)
         self._recorder = Recorder(self.assembly, self.workdir, self.step, self._timeline)
         watchdog = Watchdog(self._timeline, self._events, lambda: self.step, self._recorder.warn)
         box = [state]
         try:
             with (
-                _stop_requested() as stop,
                 self.assembly.placed(),
                 self._timeline.listening(),
                 watchdog.watching(),
             ):
-                finished = self._run_steps(box, stop)
-                if finished:
-                    self._evaluate(box[0], whole=True)
+                if self._owes_evaluation() and self._evaluate(box[0], whole=False):
+                    folder = self.checkpoints.directory / str(self.step)
+                    processes.first(lambda: add_metrics(folder, self._held_out[1]))
+                finished = self._run_steps(box) and self._evaluate(box[0], whole=True)
                 self._save(box[0])
                 self.checkpoints.wait()
             self._recorder.say_goodbye(self.step, self.counters, self.batches.statistics(), finished=finished)
@@ -171,11 +155,11 @@ class TrainLoop:
         finally:
             self._recorder.close()
 
-    def _run_steps(self, box: list[TrainState], stop: threading.Event) -> bool:
+    def _run_steps(self, box: list[TrainState]) -> bool:
         """Runs steps, leaving the newest state in `box`; returns whether the run is done."""
         advance = Advance(self.assembly)
         while True:
-            done = self._run_good_steps(advance, box, stop)
+            done = self._run_good_steps(advance, box)
             if self._verdict is None:
                 return done
             (verdict, finished), self._verdict = self._verdict, None
@@ -183,10 +167,10 @@ class TrainLoop:
                 raise self._too_many_skipped(box[0], finished)
             self._roll_back(box, finished)
 
-    def _run_good_steps(self, advance: Advance, box: list[TrainState], stop: threading.Event) -> bool:
+    def _run_good_steps(self, advance: Advance, box: list[TrainState]) -> bool:
         """Runs steps until the run is done, is to stop, or a step asks for more than going on."""
         pending: Finished | None = None
-        while self.step < self.config.num_steps and not self._stops(stop):
+        while self.step < self.config.num_steps and not self._stopping.is_due():
             try:
                 with self._timeline.phase("data"):
                     batch = next(self.batches, None)
@@ -197,7 +181,7 @@ class TrainLoop:
             if batch is None:  # data.num_epochs are over
                 break
             self._recorder.meter.waited(self._timeline.last)
-            last, pending = pending, self._advance(advance, box, batch, stop.is_set())
+            last, pending = pending, self._advance(advance, box, batch)
             # Written down one step late: while this step runs, the last one's figures are read.
             self._note(last)
             if self._verdict is None and (self._due() or self._health.is_on_edge(self.counters)):
@@ -208,17 +192,13 @@ class TrainLoop:
             if self._due():
                 self._evaluate_and_save(box[0])
                 self._recorder.meter.restart()
-        self._note(pending, last=not self._stops(stop))
-        return not self._stops(stop) or self.step >= self.config.num_steps
+        self._note(pending, last=not self._stopping.is_due())
+        return not self._stopping.is_due() or self.step >= self.config.num_steps
 
-    def _stops(self, stop: threading.Event) -> bool:
-        """Returns whether to stop now; of many processes all do at the same step, one after they heard of it."""
-        return self._stop_agreed if jax.process_count() > 1 else stop.is_set()
-
-    def _advance(self, advance: Advance, box: list[TrainState], batch: Batch, stop: bool) -> Finished:
+    def _advance(self, advance: Advance, box: list[TrainState], batch: Batch) -> Finished:
         """Dispatches one step; the first of its kind also compiles it."""
         placed, state, number = self.assembly.place(batch), self.batches.get_state(), self.step + 1
-        word = self._agreement.say(self.batches, stop)
+        word = self._agreement.say(self.batches, self._stopping.is_asked())
         finished = Finished(number, {}, word, state["batches"], batch, self.batches.document_ids(), state)
         with self._timeline.phase("compile" if advance.compiles(number) else "step"):
             try:
@@ -278,7 +258,7 @@ class TrainLoop:
             values = means(jax.device_get(finished.metrics))
         self._timeline.step_done()
         digest, stop = self._agreement.hear(finished.word)
-        self._stop_agreed |= stop
+        self._stopping.hear(stop)
         self.counters.data_order = chain(self.counters.data_order, digest)
         finished = finished._replace(order=self.counters.data_order)
         self.counters.seen_tokens += int(values["seen_tokens"])
@@ -287,29 +267,45 @@ class TrainLoop:
             self._verdict = (verdict, finished)
         self._recorder.stepped(step, values, self.counters, self.batches.statistics(), finished.order, last=last)
 
-    def _evaluate_and_save(self, state: TrainState) -> None:
+    def _evaluation_is_due(self) -> bool:
         every = self.config.evaluation.every
-        if every is not None and self.step % every == 0 and self.step < self.config.num_steps:
-            self._evaluate(state, whole=False)
+        return every is not None and self.step % every == 0 and 0 < self.step < self.config.num_steps
+
+    def _owes_evaluation(self) -> bool:
+        """Returns whether the last start was stopped before it had evaluated the step at which this one begins."""
+        if not self._evaluation_is_due():
+            return False
+        lines = read_metrics(self.workdir / "metrics.jsonl")
+        done = any((line["split"], line["step"]) == ("validation", self.step) for line in lines)
+        return processes.gather("" if done else "owed")[0] == "owed"
+
+    def _evaluate_and_save(self, state: TrainState) -> None:
+        if self._evaluation_is_due() and not self._evaluate(state, whole=False):
+            return
         # The last step is saved after its evaluation, with its figures.
         if self.step % self.config.checkpoint.every == 0 and self.step < self.config.num_steps:
             self._save(state)
 
-    def _evaluate(self, state: TrainState, *, whole: bool) -> None:
+    def _evaluate(self, state: TrainState, *, whole: bool) -> bool:
+        """Returns whether it came to its end; if the run is asked to stop, the next start does it instead."""
         with self._timeline.phase("evaluate"):
-            figures = self._measure(state, whole=whole)
+            try:
+                figures = self._measure(state, whole=whole)
+            except StoppedError:
+                return False
         if figures:
             # Again: a finished run that is started again, or data that ended where an evaluation was due.
             self._recorder.evaluated(self.step, figures, again=whole)
+        return True
 
     def _measure(self, state: TrainState, *, whole: bool) -> dict[str, float]:
         """Returns the held-out figures, and keeps those by which checkpoints are compared."""
         params = state.params if state.average is None else state.average
-        figures = self.evaluate(params, whole)
+        figures = self.evaluate(params, whole, self._stopping.check)
         self._held_out = (self.step, figures)
         if whole and self.config.checkpoint.keep_best and self.config.evaluation.num_batches is not None:
             # Checkpoints are compared by the figures of the same batches.
-            self._held_out = (self.step, self.evaluate(params, False))
+            self._held_out = (self.step, self.evaluate(params, False, self._stopping.check))
         return figures
 
     def _save(self, state: TrainState) -> None:
@@ -348,7 +344,8 @@ def train(
     timeline = Timeline(experiment.health.slow_factor)
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir)
-    with processes.first_holds(locked(folder)):
+    # From here on, so that a start which is asked to stop before its first step ends like any other.
+    with stop_requested() as asked, processes.first_holds(locked(folder)):
         # Only a first start reads it: a run goes on when the folder it came from is gone.
         if not any((folder / "checkpoints").glob("*")) and not os.path.isdir(experiment.init_from or "."):
             raise ConfigError(f"config.init_from: no directory {experiment.init_from}")
@@ -369,7 +366,7 @@ def train(
             loop = TrainLoop(assembly, folder, batches, checkpoints, make_evaluate(assembly), import_params, timeline)
             state = loop.restore()
             processes.first(lambda: _record(loop, force_config))
-            finished = loop.run(state)
+            finished = loop.run(state, asked)
         except BaseException:
             # Of many processes the others do not know of it and would not close with this one.
             if jax.process_count() == 1:

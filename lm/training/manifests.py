@@ -4,6 +4,7 @@ Owns `manifest.json` in the folder of a checkpoint: size and hash of every file,
 no arrays. Law: one changed, missing or shortened file is found and named.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,10 +41,27 @@ def write_manifest(folder: pathlib.Path, facts: dict[str, Any]) -> None:
     names = _files(folder)
     with futures.ThreadPoolExecutor(_READERS) as pool:
         found = dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({**facts, "files": found}, file, indent=1)
+    _write(folder / MANIFEST, {**facts, "files": found})
+
+
+def _write(path: pathlib.Path, manifest: dict[str, Any]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+
+
+def add_metrics(folder: pathlib.Path, metrics: dict[str, float]) -> None:
+    """Writes down the held-out figures of a checkpoint that was saved without, as when a run was asked to stop.
+
+    Where that cannot be done the checkpoint stays as it is.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        manifest = read_manifest(folder)
+        if manifest is not None and metrics and not manifest.get("metrics"):
+            new = folder / f"{MANIFEST}.new"
+            _write(new, {**manifest, "metrics": metrics})
+            new.replace(folder / MANIFEST)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:

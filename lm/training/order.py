@@ -65,7 +65,14 @@ class Detours:
         self.found = [one for one in self.found if one.after <= step]
 
     def add(self, one: PassedOver, *, write: bool) -> None:
-        """Adds a roll back; with `write` to the folder too, before anything else is done about it."""
+        """Adds a roll back; with `write` to the folder too, before anything else is done about it.
+
+        Raises:
+          UserError: the folder cannot be written to.
+        """
         self.found.append(one)
         if write:
-            write_atomically(self._path, json.dumps([dataclasses.asdict(each) for each in self.found]) + "\n")
+            try:
+                write_atomically(self._path, json.dumps([dataclasses.asdict(each) for each in self.found]) + "\n")
+            except OSError as error:
+                raise UserError(f"{self._path} cannot be written ({error.strerror}): a roll back must be") from error

@@ -1,10 +1,12 @@
 """A thread that says where the program stands when it stands too long.
 
-Looks at a `Timeline` about once a second and writes nothing but reports. Law: it never touches the devices, so it goes
+Looks at a `Timeline` about once a second and writes nothing but reports; of many processes the first reports where each
+of them stands. Law: it never touches the devices, so it goes
 on when they hang, and it never ends the program: that is the launcher's decision.
 """
 
 import contextlib
+import dataclasses
 import sys
 import threading
 import traceback
@@ -12,11 +14,14 @@ from collections.abc import Callable, Iterator
 
 from lm.training.events import Events
 from lm.training.timeline import Place, Timeline
+from lm.training.whereabouts import Whereabouts
 
 # How long a phase may last of which nothing is known yet: a first compilation, a first evaluation.
 PATIENCE_SECONDS = 600.0
 # Lines of the stack that are shown.
 _DEPTH = 8
+# Seconds that the thread may take to end.
+_PATIENCE_AT_THE_END = 5.0
 
 
 class Watchdog:
@@ -27,10 +32,19 @@ class Watchdog:
       events: where reports go besides stderr.
       step: tells the loop's step.
       say: prints a line.
+      whereabouts: of all processes; None is those of this run.
     """
 
-    def __init__(self, timeline: Timeline, events: Events, step: Callable[[], int], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        timeline: Timeline,
+        events: Events,
+        step: Callable[[], int],
+        say: Callable[[str], None],
+        whereabouts: Whereabouts | None = None,
+    ) -> None:
         self._timeline, self._events, self._step, self._say = timeline, events, step, say
+        self._whereabouts = Whereabouts() if whereabouts is None else whereabouts
         self._thread_id = threading.get_ident()
         self._reported = (-1, 0.0)
         self._told_of_recompilation = False
@@ -40,6 +54,7 @@ class Watchdog:
         self._look_for_recompilation()
         place = self._timeline.place
         seconds = self._timeline.clock() - place.since
+        self._whereabouts.sign(self._step() + 1, place.phase, seconds)
         limit = self._timeline.limit(place.phase) or PATIENCE_SECONDS
         number, at = self._reported
         if seconds <= (2 * at if number == place.number else limit):
@@ -64,11 +79,14 @@ class Watchdog:
         frame = sys._current_frames().get(self._thread_id)
         stack = [] if frame is None else [line.rstrip() for line in traceback.format_stack(frame)[-_DEPTH:]]
         compared = "it has no usual time yet" if usual is None else f"a usual one takes {usual:.3g} s"
+        others = self._whereabouts.read()
         self._say(
             f"slow: step {self._step() + 1} is in phase {place.phase} for {seconds:.1f} s; {compared}. The program "
-            "stands at:\n" + "\n".join(stack)
+            "stands at:\n" + "\n".join([*stack, *map(str, others)])
         )
         facts = {"phase": place.phase, "seconds": seconds, "usual_seconds": usual, "stack": stack}
+        if others:
+            facts["processes"] = [dataclasses.asdict(one) for one in others]
         self._events.write("slow", self._step() + 1, **facts)
 
     @contextlib.contextmanager
@@ -86,5 +104,6 @@ class Watchdog:
             yield
         finally:
             done.set()
-            thread.join()
+            # It may wait for an answer of a process that is gone.
+            thread.join(_PATIENCE_AT_THE_END)
             self._look_for_recompilation()

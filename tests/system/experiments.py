@@ -57,12 +57,7 @@ def decoder(folder: pathlib.Path, **changes: object) -> Experiment:
 def encoder_decoder(folder: pathlib.Path, **changes: object) -> Experiment:
     """UL2's denoisers, packed."""
     usual, base = ul2.get_config("tiny"), decoder(folder)
-    data = dataclasses.replace(
-        base.data,
-        tokenizer=usual.data.tokenizer,
-        sequence_length=usual.data.sequence_length,
-        encoder_length=usual.data.encoder_length,
-    )
+    data = dataclasses.replace(base.data, tokenizer=usual.data.tokenizer, sequence_length=32, encoder_length=32)
     model = dataclasses.replace(usual.model, num_layers=1, dropout_rate=0.1)
     return dataclasses.replace(
         base, model=model, objective=usual.objective, optimizer=usual.optimizer, data=data, **changes

@@ -1,5 +1,6 @@
 """Runs the programs as processes, with a tiny model on a tiny corpus of the standard library's own text."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -23,6 +24,10 @@ TIMES = (
     "recompilations",
 )
 TIME_PREFIXES = ("time/", "stalls/")
+# Quick code generation, as in tests/conftest.py.
+XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
 
 def write_corpus(folder: pathlib.Path, num_documents: int = 60) -> str:
@@ -50,13 +55,12 @@ def tiny_flags(source: str, **overrides: object) -> list[str]:
     return ["--config=configs/llama3.py:tiny", *[f"--config.{name}={value}" for name, value in fields.items()]]
 
 
-def start(program: str, *flags: str, **environment: str) -> subprocess.Popen:
-    # One device and quick code generation; the virtual devices of this process are not inherited.
-    flags_xla = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags_xla, **environment}
+def start(program: str, *flags: str, root: pathlib.Path = ROOT, **environment: str) -> subprocess.Popen:
+    # One device; the virtual devices of this process are not inherited.
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": XLA_FLAGS, **environment}
     return subprocess.Popen(
         [sys.executable, "-m", program, *flags],
-        cwd=ROOT,
+        cwd=root,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -147,6 +147,24 @@ if [[ $1 == -c ]]; then [[ $2 == *ensurepip* ]]; exit; fi
 if [[ $2 == venv ]]; then mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; else echo "$@" >>~/pip; fi
 """
 
+# Stands for the metadata server of a VM: each line of ~/notices is one answer about preemption; the rest is silence.
+# What waits for a change waits until the command runs.
+CURL = """\
+#!/bin/bash
+case "${*: -1}" in
+  */maintenance-event*) echo NONE && sleep 0.1 ;;
+  */preempted*)
+    if [[ ! -s ~/notices ]]; then exit 7; fi
+    answer=$(head -n 1 ~/notices)
+    if [[ $* == *wait_for_change=true* && $answer == TRUE ]]; then
+      until grep -q running ~/lm-run/log; do sleep 0.02; done
+    fi
+    sed -i 1d ~/notices
+    echo "$answer"
+    ;;
+esac
+"""
+
 # What runs on the workers: its Nth start ends with the Nth status, or hangs until it is asked to stop.
 COMMAND = """\
 #!/bin/bash
@@ -159,7 +177,8 @@ end=${{ends[$count]}}
 # worker0:1,worker1:hang
 if [[ $end == worker* ]]; then end=${{end#*"worker$WORKER:"}} && end=${{end%%,*}}; fi
 case $end in
-  hang) trap 'exit 75' TERM; for _ in {{1..600}}; do sleep 0.05; done ;;
+  hang) trap 'exit 75' TERM; echo running; for _ in {{1..600}}; do sleep 0.05; done ;;
+  deaf) echo running; for _ in {{1..600}}; do sleep 0.05; done ;;
   stubborn) trap '' TERM; for _ in {{1..600}}; do sleep 0.05; done ;;
   *) exit "$end" ;;
 esac
@@ -177,6 +196,7 @@ class Cloud:
         (here / "machine").mkdir()
         self._program(here / "bin/gcloud", GCLOUD.format(python=sys.executable, here=here))
         self._program(here / "machine/python3.12", PYTHON)
+        self._program(here / "machine/curl", CURL)
         for name in ("gcsfuse", "mountpoint"):
             self._program(here / "machine" / name, f'#!/bin/bash\n[[ $0 == *gcsfuse ]] && echo "$@" >>~/{name}\n')
         self.ends("0")
@@ -525,6 +545,21 @@ def test_one_worker_that_fails_stops_the_others(cloud):
     assert ran.returncode == 0, ran.stderr
     assert "failure 1 of 3 (exit status 1)" in ran.stderr
     assert cloud.starts == [2, 2]
+
+
+@pytest.mark.parametrize("hears", ["hang", "deaf"])
+def test_notice_of_the_cloud_saves_and_nothing_is_started_while_it_stands(cloud, hears):
+    cloud.say(slice="READY", workers=2)
+    cloud.ends(hears, "0", "0")
+    for worker, answers in enumerate([["FALSE", "TRUE", "TRUE", "FALSE"], ["FALSE"]]):
+        (cloud.here / str(worker)).mkdir()
+        (cloud.here / str(worker) / "notices").write_text("\n".join(answers) + "\n")
+    ran = cloud.launch("--max_failures=1")
+    assert ran.returncode == 0, ran.stderr
+    assert "the cloud takes this machine away (preempted is TRUE)" in ran.stdout
+    assert ran.stderr.count("saved and stopped") == 2
+    # The other worker is stopped with it, as one that is told by jax.
+    assert cloud.starts == [2, 3]
 
 
 def test_reboot_is_no_failure(cloud):

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from lm import parallel
 from lm.evaluation.heldout import make_evaluate
 from lm.parallel import MeshConfig, processes
+from lm.training.events import read_events
 from lm.training.loop import train
 from tests.system import experiments, runs
 
@@ -21,10 +23,32 @@ pytestmark = pytest.mark.system
 PREEMPTED = 75
 
 
+def _hold_up(process, workdir):
+    """Lets a process stand still until the watchdog of the first one has told of it; returns where both stand."""
+    for _ in range(8):
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 8
+        while time.monotonic() < deadline:
+            for event in read_events(workdir, "slow"):
+                first, held = event["processes"]
+                if held["silent_seconds"] > 1.5 and held["step"] > 0:
+                    process.send_signal(signal.SIGCONT)
+                    return first, held
+            time.sleep(0.05)
+        # It met the first evaluation of this start, of which nobody knows how long it usually takes.
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+    raise AssertionError("the watchdog told nothing of a process that stands still")
+
+
 def _stop_all(started, workdir, after, victim):
     """Asks one process to stop when the run has logged a step; returns (status, messages) of all."""
     try:
         runs.wait_for_step(started[0], workdir, after)
+        if len(started) == 2:
+            first, held = _hold_up(started[1], workdir)
+            assert first["silent_seconds"] < held["silent_seconds"]
+            assert held["phase"]
         started[victim].send_signal(signal.SIGTERM)
         ended = [runs.finish(process, 120) for process in started]
         return [(code, err) for code, _, err in ended]
@@ -34,13 +58,13 @@ def _stop_all(started, workdir, after, victim):
 
 
 def _stopping_evaluate(assembly):
-    """Asks this process to stop at its first evaluation inside the loop."""
+    """Asks this process to stop at its first evaluation inside the loop, which the next start has to make."""
     evaluate = make_evaluate(assembly)
 
-    def wrapped(params, whole):
+    def wrapped(params, whole, check):
         if not whole:
             os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(params, whole)
+        return evaluate(params, whole, check)
 
     return wrapped
 
@@ -79,6 +103,7 @@ def test_a_run_moves_between_processes_and_devices(tmp_path, experiment, monkeyp
         assert at[-2] < at[-1] < 80
         assert (moved / "checkpoints" / str(at[-1]) / "manifest.json").exists()
         assert f"stopped after step {at[-1]}; saved" in ended[0][1]
+        assert number == 4 or "\nprocess 1: step " in ended[0][1]
         assert "saved" not in ended[1][1]
     assert not (moved / "processes").exists()
     # 1 x 1

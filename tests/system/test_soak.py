@@ -1,8 +1,11 @@
 """The soak program in short: three kills of an encoder-decoder with UL2 on a mixture; the long form is slow."""
 
+import json
 import random
+import shutil
 import subprocess
 import sys
+from concurrent import futures
 
 import pytest
 
@@ -11,10 +14,22 @@ from tests.system.runs import ROOT
 
 pytestmark = pytest.mark.system
 
+KILLS = [("evaluation", "SIGTERM"), ("commit", "SIGKILL"), ("resume", "SIGSTOP, SIGKILL")]
 
-def test_three_kills_change_no_bit(tmp_path):
-    done = soak.soak(tmp_path, soak.CASES[1], 3, random.Random(1), print)
-    assert len(done) == 3
+
+def test_three_kills_change_no_bit_nor_does_another_installation(tmp_path):
+    """The unbroken run is made by a copy of the package in another folder, which compiles everything anew."""
+    shutil.copytree(ROOT / "lm", tmp_path / "copy" / "lm", ignore=shutil.ignore_patterns("__pycache__"))
+    case = soak.Soak(tmp_path, soak.CASES[1], KILLS, random.Random(1), print, steps_per_kill=20)
+    with futures.ThreadPoolExecutor(2) as lanes:
+        whole = lanes.submit(case.leave_alone, tmp_path / "copy", compilation_cache=str(tmp_path / "cache"))
+        done = lanes.submit(case.kill_all).result()
+        whole.result()
+    assert [(kill.moment, kill.signal) for kill in done] == KILLS
+    (start,) = json.loads((tmp_path / "whole" / "run.json").read_text())["starts"]
+    assert start["argv"][0] == str(tmp_path / "copy" / "lm" / "train.py")
+    assert any((tmp_path / "cache").iterdir())
+    case.compare()
 
 
 @pytest.mark.slow

@@ -1,23 +1,32 @@
 """The loop as a whole: what a second start, data that end or fail, and other weights leave behind."""
 
+import builtins
 import dataclasses
 import errno
+import io
 import json
+import os
+import pathlib
+import resource
 import shutil
+import signal
+import time
 
 import pytest
 
 from configs import roberta
 from lm.config import ConfigError, UserError
 from lm.data import DataConfig, DataError, SentencePiece
+from lm.evaluation import heldout
 from lm.evaluation.heldout import make_evaluate
 from lm.experiment import CheckpointConfig, EvaluationConfig
 from lm.objectives import ROBERTA
 from lm.training import checkpoints as checkpoints_module
 from lm.training.checkpoints import CheckpointError, Checkpoints
+from lm.training.events import Events, read_events
 from lm.training.logging import read_metrics
 from lm.training.loop import train
-from lm.training.manifests import write_manifest
+from lm.training.manifests import read_manifest, write_manifest
 from lm.training.workdir import WorkdirError
 from tests.training.experiments import tiny
 
@@ -165,11 +174,11 @@ def test_files_deleted_underneath_are_made_again(tmp_path, corpus):
     def make_deleting_evaluate(assembly):
         evaluate = make_evaluate(assembly)
 
-        def wrapped(params, whole):
+        def wrapped(params, whole, check):
             if not whole:
                 shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
                 (tmp_path / "metrics.jsonl").unlink()
-            return evaluate(params, whole)
+            return evaluate(params, whole, check)
 
         return wrapped
 
@@ -180,3 +189,117 @@ def test_files_deleted_underneath_are_made_again(tmp_path, corpus):
     assert (tmp_path / "checkpoints" / "6" / "manifest.json").exists()
     assert [line["step"] for line in _lines(tmp_path, "train")] == [5, 6]
     assert train(run, str(tmp_path), make_evaluate)
+
+
+def _asked_in_batch(monkeypatch, number):
+    """Asks this process to stop in a batch of its evaluations; returns the list to which each batch adds itself."""
+    add, batches = heldout._add, []
+
+    def added(total, result):
+        add(total, result)
+        batches.append(len(batches) + 1)
+        if len(batches) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(heldout, "_add", added)
+    return batches
+
+
+def test_asked_to_stop_in_an_evaluation_it_saves_and_the_next_start_evaluates(tmp_path, corpus, monkeypatch):
+    evaluation = EvaluationConfig(every=2, num_batches=3)
+    run = tiny(corpus, num_steps=4, evaluation=evaluation, checkpoint=CheckpointConfig(every=4, keep_best=2))
+    batches = _asked_in_batch(monkeypatch, -1)
+    assert train(run, str(tmp_path / "whole"), make_evaluate)
+    in_all = len(batches)
+    batches = _asked_in_batch(monkeypatch, 2)
+    assert not train(run, str(tmp_path / "asked"), make_evaluate)
+    assert batches == [1, 2]
+    assert [line["step"] for line in _lines(tmp_path / "asked", "train")] == [1, 2]
+    assert _lines(tmp_path / "asked", "validation") == []
+    assert Checkpoints(tmp_path / "asked", run.checkpoint).steps() == [2]
+    # In the last evaluation, over the whole split, it is asked again.
+    batches = _asked_in_batch(monkeypatch, 4)
+    assert not train(run, str(tmp_path / "asked"), make_evaluate)
+    assert batches == [1, 2, 3, 4]
+    batches = _asked_in_batch(monkeypatch, -1)
+    assert train(run, str(tmp_path / "asked"), make_evaluate)
+    assert len(batches) == in_all - 3
+    assert _lines(tmp_path / "asked", "validation") == _lines(tmp_path / "whole", "validation")
+    metrics = read_manifest(tmp_path / "asked" / "checkpoints" / "2")["metrics"]
+    assert metrics["nll"] == _lines(tmp_path / "whole", "validation")[0]["nll"]
+
+
+def _turn_read_only(monkeypatch, folder):
+    """Makes every change below a folder fail, in files that are open too; what was open for reading stays readable."""
+    refusal = OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def refusing(function):
+        def called(path, *args, **kwargs):
+            is_inside = isinstance(path, str | os.PathLike) and pathlib.Path(path).is_relative_to(folder)
+            mode = args[0] if args else kwargs.get("mode", "r")
+            if is_inside and (function is not builtins.open or set(str(mode)) & set("wax+")):
+                raise refusal
+            return function(path, *args, **kwargs)
+
+        return called
+
+    monkeypatch.setattr(io, "open", refusing(builtins.open))
+    monkeypatch.setattr(builtins, "open", refusing(builtins.open))
+    for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    # No file grows any more.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def file_sizes():
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# TensorBoard's writer says its end in a thread of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.usefixtures("file_sizes", "capsys")
+def test_read_only_in_mid_run_loses_nothing_that_was_saved(tmp_path, corpus, monkeypatch, caplog):
+    made = []
+
+    def make_breaking_evaluate(assembly):
+        evaluate = make_evaluate(assembly)
+
+        def wrapped(params, whole, check):
+            made.append(whole)
+            figures = evaluate(params, whole, check)
+            if len(made) == 2:
+                while not (tmp_path / "checkpoints" / "2" / "manifest.json").exists():
+                    time.sleep(0.01)
+                _turn_read_only(monkeypatch, tmp_path)
+            return figures
+
+        return wrapped
+
+    run = tiny(
+        corpus, num_steps=6, checkpoint=CheckpointConfig(every=2), evaluation=EvaluationConfig(every=2, num_batches=1)
+    )
+    run = dataclasses.replace(run, logging=dataclasses.replace(run.logging, tensorboard=True))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(CheckpointError, match=r"step 6 could not be saved .*: Read-only file system.* is of step 2\."):
+        train(run, str(tmp_path), make_breaking_evaluate)
+    assert made == [False, False, True]
+    assert "checkpoint 4 could not be saved: Read-only file system" in caplog.text
+    assert "metrics.jsonl cannot be written" in caplog.text
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    monkeypatch.undo()
+    assert [line["step"] for line in _lines(tmp_path, "train")] == [1, 2, 3, 4]
+    assert train(run, str(tmp_path), make_evaluate)
+    assert [line["step"] for line in _lines(tmp_path, "train")] == list(range(1, 7))
+    assert [line["step"] for line in _lines(tmp_path, "validation")] == [2, 4, 6]
+
+
+def test_events_that_the_disk_does_not_take_wait_for_the_next_try(tmp_path, caplog):
+    events = Events(tmp_path / "gone")
+    events.write("slow", 1)
+    assert "events.jsonl cannot be written (No such file or directory)" in caplog.text
+    (tmp_path / "gone").mkdir()
+    events.write("slow", 2)
+    assert [event["step"] for event in read_events(tmp_path / "gone")] == [1, 2]
