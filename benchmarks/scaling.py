@@ -33,10 +33,8 @@ RUNS = {
     f" --config.mesh.fsdp=256 {LONG} --config.batch_size=512",
     "Mixtral 8x22B, experts divided": "--config=configs/mixtral.py:8x22b --devices=256 --hardware=v5p"
     f" --config.mesh.data=1 --config.mesh.fsdp=32 --config.mesh.expert=8 {EXCHANGED} {LONG} --config.batch_size=512",
-    # What its latents are multiplied by has no axis that fsdp or expert divides, and is whole on every chip.
     "DeepSeek-V3 (671B)": "--config=configs/deepseek_v3.py:671b --devices=1024 --hardware=v5p --config.mesh.data=1"
-    f" --config.mesh.fsdp=16 --config.mesh.expert=64 --config.sharding.max_replicated=3000000000 {EXCHANGED} {LONG}"
-    " --config.batch_size=2048",
+    f" --config.mesh.fsdp=16 --config.mesh.expert=64 {EXCHANGED} {LONG} --config.batch_size=2048",
 }
 # name -> (arguments of lm.plan, published MFU or None, published tokens/s a device, where it stands)
 PUBLISHED = {

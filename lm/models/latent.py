@@ -168,7 +168,7 @@ class LatentAttention(nn.Module):
         else:
             sizes = (("R", settings.query_rank), width)
             down_BTR = Einsum("BTD,DR->BTR", config, sizes=sizes, name="query_down")(x_BTD)
-            down_BTR = Norm(config.norm, config.compute_dtype, ("latent",), name="query_norm")(down_BTR)
+            down_BTR = Norm(config.norm, config.compute_dtype, name="query_norm")(down_BTR)
             q_BTNH = Einsum("BTR,RNH->BTNH", config, sizes=sizes, name="query_up")(down_BTR)
         q_BTNH = constrain(q_BTNH, "batch", "length", "activation_heads", None)
         nope_BTNH, rotated_BTNH = jnp.split(q_BTNH, [settings.nope_dim], axis=-1)
@@ -180,7 +180,7 @@ class LatentAttention(nn.Module):
         settings, config = self.attention, self.config
         sizes = (("R", settings.kv_rank), ("H", settings.rotary_dim))
         latent_BTR = Einsum("BTD,DR->BTR", config, sizes=sizes, name="kv_down")(x_BTD)
-        latent_BTR = Norm(config.norm, config.compute_dtype, ("latent",), name="kv_norm")(latent_BTR)
+        latent_BTR = Norm(config.norm, config.compute_dtype, name="kv_norm")(latent_BTR)
         key_BTH = Einsum("BTD,DH->BTH", config, sizes=sizes, name="key_rotary")(x_BTD)
         positions = self.layer.positions or config.positions
         key_BTH = positions.rotate(key_BTH[:, :, None, :], context.queries.positions)[:, :, 0, :]

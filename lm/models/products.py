@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.parallel import by_platform
+from lm.parallel import by_platform, is_divided, num_shards
 
 # Like `contract`: (equation, x, y, dtype of the operands) -> float32.
 Product = Callable[[str, jax.Array, jax.Array, jnp.dtype], jax.Array]
@@ -142,6 +142,9 @@ def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
     summed = "".join(letter for letter in plan.left if letter in plan.right and letter not in plan.result)
     own = "".join(letter for letter in plan.right if letter not in plan.left)
     shape = left.shape[: left.ndim - len(summed)]
+    if _is_length_divided():
+        equation = f"{plan.left},{plan.right}->{plan.left[: len(shape)]}{own}"
+        return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
     if len(summed) > 1:
         left = left.reshape(*shape, -1)
     sizes = dict(zip(plan.right, right.shape, strict=True))
@@ -153,6 +156,11 @@ def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
     equation = f"{plan.left[: len(shape)]}{summed[:1]},{merged}->{plan.left[: len(shape)]}{own[:1]}"
     product = jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
     return product.reshape(*shape, *(sizes[letter] for letter in own))
+
+
+def _is_length_divided() -> bool:
+    """Returns whether devices divide sequences: rows and positions as one axis would be gathered, both being divided."""
+    return is_divided() and num_shards("length") > 1
 
 
 def _merged(letter: str, *groups: str) -> str:

@@ -252,17 +252,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, resolved)
 
 
+# Mesh axes that divide tokens, each of which can divide a dimension of parameters too.
+TOKEN_AXES = ("fsdp", "expert", "context", "stage")
+LATENT_AXES = ("fsdp", "context", "stage")
 # One row per logical axis; the presets differ only in mesh shape, because an axis of size 1 costs nothing.
 DEFAULT_RULES = Rules(
     parameters=MappingProxyType(
         {
             "vocab": ("tensor",),
-            "embed": ("fsdp", "expert", "context", "stage"),
+            "embed": TOKEN_AXES,
             "heads": ("tensor",),
             "kv_heads": ("tensor",),
             "mlp": ("tensor",),
             "experts": ("expert",),
-            "latent": (),
+            # Beside "embed", which comes first, it stays whole; what projects a latent up has no "embed". Not over
+            # experts: DeepSeek-V3's 512 would not divide over the devices of its 256.
+            "latent": LATENT_AXES,
             "positions": (),
             "norm": (),
             "layers": ("stage",),

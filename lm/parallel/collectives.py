@@ -18,6 +18,8 @@ KINDS = (
     "collective-broadcast",
     "ragged-all-to-all",
 )
+# How TPUs name a kernel that sums and leaves each device its part: inside are an all-reduce and a slice.
+SCATTER_FUSION = "all-reduce-scatter"
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?P<shape>\(.*?\)|\S+) (?P<kind>[a-z][a-z0-9-]*)\((?P<rest>.*)$")
@@ -114,7 +116,8 @@ def list_collectives(text: str) -> list[Collective]:
 
     A loop counts its body as often as the compiler says that it turns (`known_trip_count`); where it does not say, as
     for TPUs, the largest constant of the loop's condition is taken for that, and where there is none, the body counts
-    once. Of a conditional all branches count.
+    once. Of a conditional all branches count. A TPU's kernel that is written as an all-reduce and a slice, and sends what
+    a reduce-scatter does, is one.
 
     Args:
       text: `compiled.as_text()` of `jax.jit(...).lower(...).compile()`.
@@ -129,6 +132,9 @@ def list_collectives(text: str) -> list[Collective]:
                 continue
             inner = turns * _turns(rest, computations) if kind == "while" else turns
             called = _CALLED.findall(rest)
+            if kind == "fusion" and any(each.startswith(SCATTER_FUSION) for each in called):
+                yield Collective("reduce-scatter", shape, _result_bytes("reduce-scatter", shape), turns)
+                continue
             for listed in _LISTED.findall(rest):
                 called += [each.strip().lstrip("%") for each in listed.split(",")]
             for each in called:

@@ -6,11 +6,8 @@ Knows no model. Law: whatever is chosen, a run computes the same; only where arr
 import dataclasses
 from typing import Literal
 
-from lm.parallel.axes import DEFAULT_RULES, Rules
+from lm.parallel.axes import DEFAULT_RULES, LATENT_AXES, TOKEN_AXES, Rules
 from lm.parallel.mesh import Pipeline
-
-# Mesh axes that divide tokens, each of which can divide the model dimension of parameters too.
-TOKEN_AXES = ("fsdp", "expert", "context", "stage")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +42,8 @@ class Sharding:
         parameters, activations = dict(DEFAULT_RULES.parameters), dict(DEFAULT_RULES.activations)
         optimizer = None
         if self.divide == "optimizer":
-            optimizer = parameters | {"embed": (*TOKEN_AXES, "data")}
-            parameters["embed"] = ()
+            optimizer = parameters | {"embed": (*TOKEN_AXES, "data"), "latent": (*LATENT_AXES, "data")}
+            parameters |= {"embed": (), "latent": ()}
         if self.sequence:
             activations["residual_length"] = (*activations["residual_length"], "tensor")
         return Rules(parameters, activations, self.pipeline, optimizer)

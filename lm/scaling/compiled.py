@@ -92,8 +92,14 @@ def topology_mesh(config: parallel.MeshConfig, topology: Topology) -> Mesh:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("--topology compiles for TPUs with libtpu, which is not installed: pip install 'lm[aot]'")
-    # Without these, libtpu asks the cloud for the machine's TPUs and waits for an answer.
-    settings = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+    # Without these, libtpu asks the cloud for the machine's TPUs and waits for an answer; and of two processes that
+    # only compile, the second would be refused, as if there were a TPU to share.
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
     for key, value in settings.items():
         os.environ.setdefault(key, value)
     from jax.experimental import topologies

@@ -12,7 +12,7 @@ import pytest
 from lm import parallel
 from lm.batch import Batch
 from lm.config import ConfigError
-from lm.models import AllToAll, Bucketed, Encoder, EncoderDecoder, Layer, MixtureOfExperts, MultiHead
+from lm.models import AllToAll, Bucketed, Encoder, EncoderDecoder, Latent, Layer, MixtureOfExperts, MultiHead
 from lm.optim import SGD, AdamW, Average, Constant, OptimizerConfig
 from lm.parallel import MeshConfig, Pipeline, Sharding
 from lm.training import assembly as assembling
@@ -153,6 +153,13 @@ def test_fsdp_divides_parameters_and_all_that_belongs_to_them():
 def test_zero_1_divides_optimizer_state_and_average_only():
     state = _assemble(_mesh(data=4, fsdp=2), ZERO_1).state
     assert _share(state.params) == 1.0
+    assert max(_share(state.opt_state), _share(state.average)) < 1.2 / 8
+
+
+@pytest.mark.parametrize("sharding", [Sharding(), ZERO_1], ids=["parameters", "optimizer"])
+def test_what_projects_latents_up_is_divided_too(sharding):
+    attention = Latent(query_rank=32, kv_rank=32, nope_dim=8, rotary_dim=8, value_dim=8)
+    state = _assemble(_mesh(fsdp=8), sharding, model=_model(attention=attention)).state
     assert max(_share(state.opt_state), _share(state.average)) < 1.2 / 8
 
 
