@@ -71,9 +71,21 @@ class Group(nn.Module):
     cross: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, each: tuple[jax.Array, Any], context: Context) -> tuple[Any, Any]:
-        """Applies the blocks; `each` is (i32[], number of the first of them; their caches, by name, or None)."""
-        first, caches = each
+    def __call__(
+        self, carried: tuple[jax.Array, Any], each: tuple[jax.Array, Any], context: Context
+    ) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
+        """Applies the blocks.
+
+        Args:
+          carried: their input [B, T, D]; their caches, by name, if this is the only repeat, or None.
+          each: i32[], number of the first of them; their caches, a slice of those of all repeats, or None.
+          context: what every layer is told.
+
+        Returns:
+          [B, T, D] and the caches that were carried; the caches of this repeat, or None, and the tallies.
+        """
+        (x_BTD, own), (first, slices) = carried, each
+        caches = slices if own is None else own
         tallies = {}
         new_caches = {}
         for i, layer in enumerate(self.layers):
@@ -81,7 +93,7 @@ class Group(nn.Module):
             block = Block(self.config, layer, self.causal, self.cross, name=name)
             cache = None if caches is None else caches[name]
             x_BTD, (new_caches[name], tallies[name]) = block(x_BTD, first + i, context, cache)
-        return x_BTD, (None if caches is None else new_caches, tallies)
+        return (x_BTD, own and new_caches), (slices and new_caches, tallies)
 
 
 class Stack(nn.Module):
@@ -117,7 +129,10 @@ class Stack(nn.Module):
             else:
                 group = self._repeated(repeats)(config, layers, self.causal, self.cross, name=name)
                 cache = None if caches is None else caches[name]
-                x_BTD, (new_caches[name], tallies) = group(x_BTD, (indices, cache), context)
+                # A slice of a stack of one is the same array with another shape, and XLA:CPU writes and copies both.
+                own, stacked = (cache, None) if repeats == 1 else (None, cache)
+                (x_BTD, own), (stacked, tallies) = group((x_BTD, own), (indices, stacked), context)
+                new_caches[name] = stacked if own is None else own
             for number, layer in enumerate(layers):
                 found = (layer.mlp or config.mlp).summarize(tallies[f"block_{number}"])
                 losses, metrics = add_sums(losses, found[0]), add_sums(metrics, found[1])
@@ -144,8 +159,8 @@ class Stack(nn.Module):
 
             def body(x_BTD: jax.Array, one: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
                 params, index = one
-                called: Any = group.apply({"params": params}, x_BTD, (index, None), context, mutable=["statistics"])
-                (x_BTD, (_, tallies)), counted = called
+                called: Any = group.apply({"params": params}, (x_BTD, None), (index, None), context, mutable=["statistics"])
+                ((x_BTD, _), (_, tallies)), counted = called
                 return x_BTD, (tallies, dict(counted.get("statistics", {})))
 
             return jax.lax.scan(body, x_BTD, weights, unroll=1 if self.config.scan_layers else len(weights[1]))
