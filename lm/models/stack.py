@@ -72,20 +72,18 @@ class Group(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carried: tuple[jax.Array, Any], each: tuple[jax.Array, Any], context: Context
-    ) -> tuple[tuple[jax.Array, Any], tuple[Any, Any]]:
-        """Applies the blocks.
+        self, x_BTD: jax.Array, each: tuple[jax.Array, Any], context: Context, single: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """Applies the blocks; returns [B, T, D], their caches with the input written, or None, and their tallies.
 
         Args:
-          carried: their input [B, T, D]; their caches, by name, if this is the only repeat, or None.
-          each: i32[], number of the first of them; their caches, a slice of those of all repeats, or None.
+          x_BTD: their input.
+          each: i32[], number of the first of them; their caches, by name, a slice of those of all repeats, or None.
           context: what every layer is told.
-
-        Returns:
-          [B, T, D] and the caches that were carried; the caches of this repeat, or None, and the tallies.
+          single: their caches, where there are no other repeats.
         """
-        (x_BTD, own), (first, slices) = carried, each
-        caches = slices if own is None else own
+        first, slices = each
+        caches = slices if single is None else single
         tallies = {}
         new_caches = {}
         for i, layer in enumerate(self.layers):
@@ -93,7 +91,7 @@ class Group(nn.Module):
             block = Block(self.config, layer, self.causal, self.cross, name=name)
             cache = None if caches is None else caches[name]
             x_BTD, (new_caches[name], tallies[name]) = block(x_BTD, first + i, context, cache)
-        return (x_BTD, own and new_caches), (slices and new_caches, tallies)
+        return x_BTD, (None if caches is None else new_caches, tallies)
 
 
 class Stack(nn.Module):
@@ -129,10 +127,12 @@ class Stack(nn.Module):
             else:
                 group = self._repeated(repeats)(config, layers, self.causal, self.cross, name=name)
                 cache = None if caches is None else caches[name]
-                # A slice of a stack of one is the same array with another shape, and XLA:CPU writes and copies both.
-                own, stacked = (cache, None) if repeats == 1 else (None, cache)
-                (x_BTD, own), (stacked, tallies) = group((x_BTD, own), (indices, stacked), context)
-                new_caches[name] = stacked if own is None else own
+                if cache is not None and repeats == 1:
+                    # Not as a stack of one: XLA:CPU would write a cache with and without that axis, and copy both.
+                    x_BTD, (stacked, tallies) = group(x_BTD, (indices, None), context, cache)
+                    new_caches[name] = jax.tree.map(lambda x: jnp.squeeze(x, 0), stacked)
+                else:
+                    x_BTD, (new_caches[name], tallies) = group(x_BTD, (indices, cache), context, None)
             for number, layer in enumerate(layers):
                 found = (layer.mlp or config.mlp).summarize(tallies[f"block_{number}"])
                 losses, metrics = add_sums(losses, found[0]), add_sums(metrics, found[1])
@@ -159,8 +159,8 @@ class Stack(nn.Module):
 
             def body(x_BTD: jax.Array, one: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
                 params, index = one
-                called: Any = group.apply({"params": params}, (x_BTD, None), (index, None), context, mutable=["statistics"])
-                ((x_BTD, _), (_, tallies)), counted = called
+                called: Any = group.apply({"params": params}, x_BTD, (index, None), context, mutable=["statistics"])
+                (x_BTD, (_, tallies)), counted = called
                 return x_BTD, (tallies, dict(counted.get("statistics", {})))
 
             return jax.lax.scan(body, x_BTD, weights, unroll=1 if self.config.scan_layers else len(weights[1]))
@@ -175,7 +175,8 @@ class Stack(nn.Module):
         """Returns the module class of `repeats` groups one after the other."""
         group = self._group(repeats)
         shared = self.config.share_layers
-        in_axes: Any = (0, nn.broadcast)  # Linen's annotation leaves out the tuples that its documentation describes.
+        # Linen's annotation leaves out the tuples that its documentation describes.
+        in_axes: Any = (0, nn.broadcast, nn.broadcast)
         return nn.scan(
             group,
             # What layers count (see lm.models.model.Output.statistics) is stacked as their parameters are.
