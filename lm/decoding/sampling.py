@@ -9,6 +9,18 @@ import jax
 import jax.numpy as jnp
 
 
+def _first_highest(logits_BV: jax.Array) -> jax.Array:
+    """Returns i32[B], as `jnp.argmax` of rows without NaN, by two plain maxima.
+
+    XLA:CPU runs a reduction of pairs element by element: 0.87 ms for 32 rows of 8,192, these 0.18.
+    """
+    highest_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
+    # Float32 holds every id exactly up to 2^24, and its maximum is the one that is vectorised.
+    ids_1V = jnp.arange(logits_BV.shape[1], dtype=jnp.float32)[None]
+    last = float(logits_BV.shape[1] - 1)
+    return -jnp.max(jnp.where(logits_BV == highest_B1, -ids_1V, -last), axis=1).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Draws from softmax(logits / temperature), cut to the top k, then to the top p of what is left.
@@ -53,7 +65,7 @@ class Sampling:
           keys: key[B], one a row.
         """
         if self.temperature == 0:
-            return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+            return _first_highest(logits_BV)
         return jax.vmap(jax.random.categorical)(keys, self.filter(logits_BV)).astype(jnp.int32)
 
     def problems(self) -> list[str]:

@@ -27,7 +27,6 @@ from lm.models.mlp import Mlp as Mlp
 from lm.models.model import Model as Model
 from lm.models.model import Output as Output
 from lm.models.model import path_name as path_name
-from lm.models.model import select_rows as select_rows
 from lm.models.moe import MixtureOfExperts as MixtureOfExperts
 from lm.models.moe import SharedExpert as SharedExpert
 from lm.models.multihead import MultiHead as MultiHead

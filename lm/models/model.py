@@ -199,7 +199,7 @@ class Model:
 
         Returns:
           `index` i32[], `segment_ids`, `positions` and `bidirectional` [B, S]; and `layers`, with leaves
-          [repeats, B, S, ...]. `select_rows` picks rows of it.
+          [repeats, B, ...], or [B, ...] in a run that is not repeated. `select_rows` picks rows of it.
         """
         config = self.config
         if not config.decoder_depth:
@@ -207,7 +207,7 @@ class Model:
         layers = {
             name: {
                 f"block_{i}": jax.tree.map(
-                    lambda x, repeats=repeats: jnp.broadcast_to(x[None], (repeats, *x.shape)),
+                    lambda x, repeats=repeats: jnp.broadcast_to(x, (repeats, *x.shape) if repeats > 1 else x.shape),
                     config.attention.init_cache(config, batch_size, length),
                 )
                 for i in range(len(group))
@@ -242,6 +242,15 @@ class Model:
         context = _cached_context(cache, side, None)._replace(memory_BSD=memory_BSD)
         _, layers, _, _ = self._call(params, Inputs(nothing, side), context, cache["layers"])
         return {**cache, "layers": layers}
+
+    def select_rows(self, cache: Cache, rows: jax.Array) -> Cache:
+        """Returns the cache with rows i32[B'] of it, for beam search or to repeat prompts."""
+        layers = {
+            name: jax.tree.map(lambda x, axis=int(repeats > 1): jnp.take(x, rows, axis=axis), cache["layers"][name])
+            for name, _, repeats in self.config.runs(self.config.decoder_depth)
+        }
+        shared = {name: jnp.take(x, rows, axis=0) for name, x in cache.items() if name not in ("index", "layers")}
+        return {**shared, "index": cache["index"], "layers": layers}
 
     @property
     def _reads_encoder(self) -> bool:
@@ -284,10 +293,3 @@ def _cached_context(cache: Cache, side: Side, key: jax.Array | None) -> Context:
         memory_slots = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
         memory = Side(segment_ids, cache["memory_positions"], jnp.ones(segment_ids.shape, jnp.bool_), memory_slots)
     return Context(side._replace(slots=index + side.slots), keys, index=index, memory=memory, key=key)
-
-
-def select_rows(cache: Cache, rows: jax.Array) -> Cache:
-    """Returns the cache with rows i32[B'] of it, for beam search or to repeat prompts."""
-    layers = jax.tree.map(lambda x: jnp.take(x, rows, axis=1), cache["layers"])
-    shared = {name: jnp.take(x, rows, axis=0) for name, x in cache.items() if name not in ("index", "layers")}
-    return {**shared, "index": cache["index"], "layers": layers}

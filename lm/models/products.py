@@ -19,8 +19,8 @@ from lm.parallel import by_platform, is_divided, num_shards
 # Like `contract`: (equation, x, y, dtype of the operands) -> float32.
 Product = Callable[[str, jax.Array, jax.Array, jnp.dtype], jax.Array]
 
-# Products of fewer bfloat16 rows are padded to so many on a CPU.
-FEWEST_ROWS = 8
+# Products of fewer bfloat16 rows are padded to so many on a CPU: those with one matrix, and those with a batch of them.
+FEWEST_ROWS, FEWEST_BATCH_ROWS = 8, 4
 
 
 def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -125,7 +125,10 @@ def arranged_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     x_axes, y_axes = operands.split(",")
     plan = arrange(equation, x.shape, y.shape)
     first, second = ((y, y_axes), (x, x_axes)) if plan.swapped else ((x, x_axes), (y, y_axes))
-    left, right = _transposed(*first, plan.left), _transposed(*second, plan.right)
+    rows = math.prod(n for letter, n in zip(first[1], first[0].shape, strict=True) if letter not in second[1])
+    # A copy of a whole matrix, or of a cache, for few rows would cost more than any form of their product.
+    apart = rows >= FEWEST_ROWS
+    left, right = _transposed(*first, plan.left, apart), _transposed(*second, plan.right, apart)
     product = _few_rows(plan, left, right)
     # Without the barrier, XLA:CPU turns the transpose of a product into a product of transposes: a form that it
     # cannot run ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jax 0.10.2).
@@ -173,28 +176,32 @@ def _few_rows(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array
 
     XLA:CPU converts both operands to float32 for one row, which takes 4 to 8 times as long as eight rows with AMX.
     """
-    summed = [letter for letter in plan.left if letter in plan.right]
+    batch = "".join(letter for letter in plan.left if letter in plan.right and letter in plan.result)
+    summed = "".join(letter for letter in plan.left if letter in plan.right and letter not in plan.result)
     shape = left.shape[: left.ndim - len(summed)]
-    rows = math.prod(shape)
-    is_batch = any(letter in plan.result for letter in summed)
-    if is_batch or left.dtype != jnp.bfloat16 or rows >= FEWEST_ROWS:
+    rows, fewest = math.prod(shape[len(batch) :]), FEWEST_BATCH_ROWS if batch else FEWEST_ROWS
+    if left.dtype != jnp.bfloat16 or rows >= fewest:
         return _product(plan, left, right)
-    left = jnp.pad(left.reshape(rows, *left.shape[len(shape) :]), [(0, FEWEST_ROWS - rows)] + [(0, 0)] * len(summed))
+    left = left.reshape(*shape[: len(batch)], rows, *left.shape[len(shape) :])
+    widths = [(0, fewest - rows if axis == len(batch) else 0) for axis in range(left.ndim)]
     # The first letter stands for all rows; a product without any has none to stand for it.
-    letters = "".join(summed)
     row = next(letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter not in plan.left + plan.right)
-    own = "".join(letter for letter in plan.right if letter not in letters)
-    padded = _product(dataclasses.replace(plan, left=row + letters, result=row + own), left, right)
-    return jax.lax.optimization_barrier(padded)[:rows].reshape(*shape, *padded.shape[1:])
+    own = "".join(letter for letter in plan.right if letter not in plan.left)
+    plan = dataclasses.replace(plan, left=batch + row + summed, result=batch + row + own)
+    padded = jax.lax.optimization_barrier(_product(plan, jnp.pad(left, widths), right))
+    kept = jax.lax.slice_in_dim(padded, 0, rows, axis=len(batch))
+    return kept.reshape(*shape, *padded.shape[len(batch) + 1 :])
 
 
-def _transposed(x: jax.Array, axes: str, wanted: str) -> jax.Array:
-    """Returns a copy of `x` with its axes in the order wanted, which the compiler does not merge into the product.
+def _transposed(x: jax.Array, axes: str, wanted: str, apart: bool) -> jax.Array:
+    """Returns `x` with its axes in the order wanted; `apart`, as a copy that the compiler keeps out of the product.
 
     The axis of size one between the two reshapes makes it a row-major array in the compiler's eyes as well.
     """
     if axes == wanted:
         return x
     x = jnp.transpose(x, [axes.index(letter) for letter in wanted])
-    apart = jax.lax.optimization_barrier(jax.lax.reshape(x, (*x.shape[:-1], 1, x.shape[-1])))
-    return jax.lax.reshape(apart, x.shape)
+    if not apart:
+        return x
+    copied = jax.lax.optimization_barrier(jax.lax.reshape(x, (*x.shape[:-1], 1, x.shape[-1])))
+    return jax.lax.reshape(copied, x.shape)

@@ -71,9 +71,19 @@ class Group(nn.Module):
     cross: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, each: tuple[jax.Array, Any], context: Context) -> tuple[Any, Any]:
-        """Applies the blocks; `each` is (i32[], number of the first of them; their caches, by name, or None)."""
-        first, caches = each
+    def __call__(
+        self, x_BTD: jax.Array, each: tuple[jax.Array, Any], context: Context, single: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """Applies the blocks; returns [B, T, D], their caches with the input written, or None, and their tallies.
+
+        Args:
+          x_BTD: their input.
+          each: i32[], number of the first of them; their caches, by name, a slice of those of all repeats, or None.
+          context: what every layer is told.
+          single: their caches, where there are no other repeats.
+        """
+        first, slices = each
+        caches = slices if single is None else single
         tallies = {}
         new_caches = {}
         for i, layer in enumerate(self.layers):
@@ -117,7 +127,12 @@ class Stack(nn.Module):
             else:
                 group = self._repeated(repeats)(config, layers, self.causal, self.cross, name=name)
                 cache = None if caches is None else caches[name]
-                x_BTD, (new_caches[name], tallies) = group(x_BTD, (indices, cache), context)
+                if cache is not None and repeats == 1:
+                    # Not as a stack of one: XLA:CPU would write a cache with and without that axis, and copy both.
+                    x_BTD, (stacked, tallies) = group(x_BTD, (indices, None), context, cache)
+                    new_caches[name] = jax.tree.map(lambda x: jnp.squeeze(x, 0), stacked)
+                else:
+                    x_BTD, (new_caches[name], tallies) = group(x_BTD, (indices, cache), context, None)
             for number, layer in enumerate(layers):
                 found = (layer.mlp or config.mlp).summarize(tallies[f"block_{number}"])
                 losses, metrics = add_sums(losses, found[0]), add_sums(metrics, found[1])
@@ -160,7 +175,8 @@ class Stack(nn.Module):
         """Returns the module class of `repeats` groups one after the other."""
         group = self._group(repeats)
         shared = self.config.share_layers
-        in_axes: Any = (0, nn.broadcast)  # Linen's annotation leaves out the tuples that its documentation describes.
+        # Linen's annotation leaves out the tuples that its documentation describes.
+        in_axes: Any = (0, nn.broadcast, nn.broadcast)
         return nn.scan(
             group,
             # What layers count (see lm.models.model.Output.statistics) is stacked as their parameters are.

@@ -10,6 +10,7 @@ from lm.optim.roles import roles_of as roles_of
 from lm.optim.rules import SGD as SGD
 from lm.optim.rules import Adafactor as Adafactor
 from lm.optim.rules import AdamW as AdamW
+from lm.optim.rules import AdamW8Bit as AdamW8Bit
 from lm.optim.rules import Lion as Lion
 from lm.optim.rules import Muon as Muon
 from lm.optim.schedules import Constant as Constant

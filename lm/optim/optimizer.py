@@ -15,7 +15,7 @@ import optax
 
 from lm.optim.average import Average
 from lm.optim.roles import Role, roles_of
-from lm.optim.rules import SGD, Adafactor, AdamW, Lion, Muon
+from lm.optim.rules import SGD, Adafactor, AdamW, AdamW8Bit, Lion, Muon
 from lm.optim.schedules import Constant, Cosine, InverseSquareRoot, Linear, WarmupStableDecay
 
 DECAYED_KINDS = {
@@ -41,7 +41,7 @@ class OptimizerConfig:
       average: a moving average of the parameters, used to evaluate; None for none.
     """
 
-    rule: AdamW | Adafactor | Lion | SGD | Muon = AdamW()
+    rule: AdamW | AdamW8Bit | Adafactor | Lion | SGD | Muon = AdamW()
     schedule: Constant | Cosine | Linear | WarmupStableDecay | InverseSquareRoot = Cosine()
     learning_rate: float = 3e-4
     clip_norm: float | None = 1.0

@@ -15,6 +15,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from lm.optim.factored import clip_by_block_rms, scale_by_block_rms, scale_by_factored_rms
+from lm.optim.quantized import SMALLEST_BLOCK, scale_by_quantized_adam
 from lm.optim.roles import Role
 
 
@@ -51,6 +52,34 @@ class AdamW:
     def problems(self) -> list[str]:
         """Returns why these settings cannot work."""
         return _decay_problems(self, "b1", "b2")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW8Bit:
+    """AdamW that keeps both moments of matrices in 8 bits (Dettmers et al., 2022); see `lm.optim.quantized`.
+
+    Attributes:
+      b1: decay of the mean of the gradient.
+      b2: decay of the mean of its square.
+      epsilon: added to the root of the latter.
+      block: elements along a matrix's last axis that share a scale, or fewer, where it does not divide that axis.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    block: int = 256
+
+    def build(self, roles: Any) -> optax.GradientTransformation:
+        """Returns the rule for parameters with these roles."""
+        return scale_by_quantized_adam(roles, self.b1, self.b2, self.epsilon, self.block)
+
+    def problems(self) -> list[str]:
+        """Returns why these settings cannot work."""
+        problems = _decay_problems(self, "b1", "b2")
+        if self.block < SMALLEST_BLOCK:
+            problems.append(f"optimizer.rule.block is {self.block}; it is {SMALLEST_BLOCK} or more")
+        return problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,4 +227,4 @@ class Muon:
         return problems
 
 
-Rule = AdamW | Adafactor | Lion | SGD | Muon
+Rule = AdamW | AdamW8Bit | Adafactor | Lion | SGD | Muon

@@ -21,7 +21,7 @@ def state_axes(state: Any, params: Any, axes: Any) -> Any:
       axes: a tuple of logical names for each parameter.
 
     Raises:
-      ValueError: a leaf belongs to a parameter, but one of its axes is neither the parameter's nor 1.
+      ValueError: a leaf belongs to a parameter, but the size of one of its axes does not divide the parameter's.
     """
     names = {}
     for (path, leaf), axis_names in zip(
@@ -35,7 +35,7 @@ def state_axes(state: Any, params: Any, axes: Any) -> Any:
         if owner is None or not leaf.shape:
             return (None,) * len(leaf.shape)
         shape, axis_names = owner
-        fits = len(shape) == len(leaf.shape) and all(n in (1, m) for n, m in zip(leaf.shape, shape, strict=True))
+        fits = len(shape) == len(leaf.shape) and all(n and m % n == 0 for n, m in zip(leaf.shape, shape, strict=True))
         if not fits:
             where = jax.tree_util.keystr(path)
             raise ValueError(f"optimizer state {where} has shape {leaf.shape}, its parameter has {shape}")

@@ -57,12 +57,14 @@ class Rules:
       activations: rows used by `constrain`.
       pipeline: how stages share a batch.
       optimizer: rows used for optimizer state, gradients and parameter average; None means those of parameters.
+      optimizer_on_host: whether arrays of the optimizer's state lie in the host's memory between updates.
     """
 
     parameters: Mapping[str, tuple[str, ...]]
     activations: Mapping[str, tuple[str, ...]]
     pipeline: Pipeline = Pipeline()
     optimizer: Mapping[str, tuple[str, ...]] | None = None
+    optimizer_on_host: bool = False
 
     @property
     def state(self) -> Mapping[str, tuple[str, ...]]:

@@ -30,12 +30,15 @@ class Sharding:
       pipeline: how stages share a batch.
       max_replicated: elements of the largest parameter that may be whole on every device of a mesh that could divide
         it; a larger one is an error with its name.
+      optimizer_on_host: whether the optimizer's state lies in the host's memory, but for the update, which reads all of
+        it.
     """
 
     divide: Literal["parameters", "optimizer"] = "parameters"
     sequence: bool = False
     pipeline: Pipeline = Pipeline()
     max_replicated: int = 1 << 22
+    optimizer_on_host: bool = False
 
     def rules(self) -> Rules:
         """Returns the sharding table."""
@@ -46,4 +49,4 @@ class Sharding:
             parameters |= {"embed": (), "latent": ()}
         if self.sequence:
             activations["residual_length"] = (*activations["residual_length"], "tensor")
-        return Rules(parameters, activations, self.pipeline, optimizer)
+        return Rules(parameters, activations, self.pipeline, optimizer, self.optimizer_on_host)

@@ -26,7 +26,7 @@ from lm.experiment import Experiment, too_few_ids
 from lm.optim import build_optimizer
 from lm.parallel import processes
 from lm.training.checkpoints import CheckpointError, restore_params
-from lm.training.division import check_attention, check_replicated, check_shards
+from lm.training.division import check_attention, check_memory, check_replicated, check_shards
 from lm.training.division import check_batch_size as check_batch_size
 from lm.training.division import row_shards as row_shards
 from lm.training.state import TrainState, Tree, init_state, place, state_shardings
@@ -173,6 +173,7 @@ def assemble(experiment: Experiment, tokenizer: Any) -> Assembly:
         mesh = parallel.build_mesh(experiment.mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    check_memory(experiment.sharding, mesh)
     return describe(experiment, mesh, tokenizer)
 
 

@@ -14,7 +14,7 @@ from lm import parallel
 from lm.config import ConfigError
 from lm.experiment import Experiment
 from lm.models.kernels import platform_problems
-from lm.training.state import Tree
+from lm.training.state import HOST_MEMORY, Tree
 
 
 def check_shards(params: Tree, axes: Tree, mesh: Mesh | AbstractMesh, rules: parallel.Rules) -> None:
@@ -128,3 +128,17 @@ def check_attention(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
         found += experiment.model.attention.context_problems(experiment.model, given, shards, mesh.shape["tensor"])
     if found:
         raise ConfigError("\n".join(found))
+
+
+def check_memory(sharding: parallel.Sharding, mesh: Mesh) -> None:
+    """Checks that devices can read the host's memory, if state is to lie there.
+
+    Raises:
+      ConfigError: they cannot.
+    """
+    device = mesh.devices.flat[0]
+    if sharding.optimizer_on_host and HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+        raise ConfigError(
+            f"config.sharding.optimizer_on_host: devices of the kind {device.device_kind} have no {HOST_MEMORY} memory;"
+            " set it to False, or use optimizer.rule=AdamW8Bit or Adafactor"
+        )

@@ -4,6 +4,7 @@ Knows no objective and no loop. Law: the state and the batches that follow deter
 runs with equal state and batches stay equal bit for bit.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lm import parallel
 from lm.optim import Bounds, state_axes
+
+# Memory of the host from which devices read by themselves, as jax calls it.
+HOST_MEMORY = "pinned_host"
 
 Tree = Any  # a nested dict of arrays, of shapes, of axes or of shardings
 
@@ -81,10 +85,16 @@ def state_shardings(model: Any, shapes: TrainState, mesh: Mesh | AbstractMesh, r
     whole = NamedSharding(mesh, PartitionSpec())
     params = shardings_of(shapes.params, axes, mesh, rules.parameters)
     opt_axes = state_axes(shapes.opt_state, shapes.params, axes)
+    opt_state = shardings_of(shapes.opt_state, opt_axes, mesh, rules.state)
+    if rules.optimizer_on_host:
+        # Numbers alone, such as the count, stay: they are no burden.
+        opt_state = jax.tree.map(
+            lambda leaf, s: s.with_memory_kind(HOST_MEMORY) if leaf.ndim else s, shapes.opt_state, opt_state
+        )
     return TrainState(
         step=whole,
         params=params,
-        opt_state=shardings_of(shapes.opt_state, opt_axes, mesh, rules.state),
+        opt_state=opt_state,
         average=None if shapes.average is None else shardings_of(shapes.params, axes, mesh, rules.state),
         key=whole,
         spikes=jax.tree.map(lambda _: whole, shapes.spikes),
@@ -96,10 +106,22 @@ def keep_in_place(model: Any, state: TrainState) -> TrainState:
 
     Without it, parameters that are whole would come out divided as the optimizer's state is.
     """
-    if not parallel.is_divided():
-        return state
     mesh, rules = parallel.current()
-    return jax.lax.with_sharding_constraint(state, state_shardings(model, state, mesh, rules))
+    if parallel.is_divided():
+        here = dataclasses.replace(rules, optimizer_on_host=False)
+        state = jax.lax.with_sharding_constraint(state, state_shardings(model, state, mesh, here))
+    return state._replace(opt_state=_move(state.opt_state, rules, jax.memory.Space.Host))
+
+
+def fetch(opt_state: Tree) -> Tree:
+    """Returns an optimizer's state in the memory of the devices; called while tracing a step, before the update."""
+    return _move(opt_state, parallel.current()[1], jax.memory.Space.Device)
+
+
+def _move(opt_state: Tree, rules: parallel.Rules, to: jax.memory.Space) -> Tree:
+    if not rules.optimizer_on_host:
+        return opt_state
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, to) if leaf.ndim else leaf, opt_state)
 
 
 def divide_gradients(model: Any, grads: Tree) -> Tree:

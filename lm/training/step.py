@@ -16,7 +16,7 @@ import optax
 from lm.batch import Batch, WeightedSum
 from lm.experiment import Experiment, LossConfig
 from lm.training.losses import Components, TokenLosses, chunked_cross_entropy
-from lm.training.state import TrainState, Tree, divide_gradients, keep_in_place
+from lm.training.state import TrainState, Tree, divide_gradients, fetch, keep_in_place
 
 Metrics = dict[str, jax.Array]
 TrainMetrics = dict[str, jax.Array | WeightedSum]
@@ -194,7 +194,7 @@ def make_train_step(
             spike, spikes = bounds.judge(state.spikes, metrics["loss"], norm, finite)
         good = finite & ~spike
         # Old parameters are read before the update begins, so that it can be done in their place.
-        before = Updated(state.params, state.opt_state, state.average)
+        before = Updated(state.params, fetch(state.opt_state), state.average)
         before, parameter_norm = jax.lax.optimization_barrier((before, optax.tree.norm(state.params)))
 
         def update(before: Updated) -> Updated:

@@ -286,7 +286,7 @@ def test_select_rows_of_a_cache(make_batch, shake):
     rows = jnp.asarray([2, 0])
     chosen = jax.tree.map(lambda x: x[rows], batch)
     expected = run(model, params, chosen, cache=model.init_cache(params, 2, 6)).cache
-    got = models.select_rows(cache, rows)
+    got = model.select_rows(cache, rows)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, expected)
 
 
