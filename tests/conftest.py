@@ -1,4 +1,4 @@
-"""One process, eight virtual CPU devices, a persistent compilation cache, strict jax settings; shared fixtures."""
+"""Eight virtual CPU devices, a persistent compilation cache, strict jax settings; shared fixtures; order of tests."""
 
 import gc
 import importlib.metadata
@@ -22,6 +22,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 
 import jax
 import pytest
+
+from tests.apart import is_apart
+from tests.apart import pytest_configure as pytest_configure
 
 CACHE = pathlib.Path(__file__).parent.parent / ".jax_cache"
 
@@ -78,6 +81,8 @@ def pytest_collection_modifyitems(items):
     here = pathlib.Path(__file__).parent
 
     def rank(item):
+        if is_apart(item):
+            return len(ORDER) + len(LAST) + 1
         room = item.path.relative_to(here).parts[0]
         if room in LAST:
             return len(ORDER) + 1 + LAST.index(room)

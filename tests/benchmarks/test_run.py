@@ -52,6 +52,7 @@ def test_faster_is_theirs_over_ours_round_by_round():
     assert "lm" in ours_line.split()
 
 
+@pytest.mark.system
 def test_a_whole_comparison_agrees_on_losses_and_tokens(tmp_path):
     """Same weights and rows: the first losses and the greedy tokens are those of `transformers`."""
     if not HAS_PEERS:
@@ -73,6 +74,7 @@ def test_a_whole_comparison_agrees_on_losses_and_tokens(tmp_path):
     assert tokens["lm"] == tokens["transformers"]
 
 
+@pytest.mark.system
 def test_program_writes_every_sample(tmp_path):
     output = tmp_path / "found.json"
     done = _run("--suite=cpu", "--against=", "--subjects=data", "--rounds=1", f"--output={output}")
@@ -82,6 +84,7 @@ def test_program_writes_every_sample(tmp_path):
     assert "jax" in found["machine"]
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
