@@ -19,7 +19,6 @@ import pytest
 
 # Names the file that the second process reports to.
 REPORTS = "LM_TESTS_REPORTS"
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def is_apart(item):
@@ -27,10 +26,14 @@ def is_apart(item):
 
 
 class Second:
-    """Plugin of the second process: writes each report where the first one reads it."""
+    """Plugin of the second process: keeps its kind of tests, and writes each report where the first one reads it."""
 
     def __init__(self, config):
         self.config = config
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if is_apart(item)]
 
     def pytest_runtest_logreport(self, report):
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
@@ -52,10 +55,17 @@ class First:
         if options.collectonly or options.usepdb or len(nodes) in (0, len(session.items)):
             return
         self.nodes = frozenset(nodes)
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *nodes]
+        # The same arguments and not the names of tests, which may hold what a command line takes apart.
+        command = [sys.executable, "-m", "pytest", *session.config.invocation_params.args]
         environment = os.environ | {REPORTS: str(self.folder / "reports.jsonl")}
         with (self.folder / "output.txt").open("wb") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+            self.process = subprocess.Popen(
+                command,
+                cwd=session.config.invocation_params.dir,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
 
     def pytest_runtest_protocol(self, item):
         if item.nodeid not in self.nodes:

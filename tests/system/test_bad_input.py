@@ -168,6 +168,7 @@ def _write(path, content):
         ("nofield.jsonl", b'{"words": "a"}\n', "text"),
         ("cut.txt.gz", gzip.compress(b"hello world " * 1000)[:60], "cut.txt.gz"),
     ],
+    ids=["empty", "binary", "latin 1", "broken JSON", "no text", "cut"],
 )
 def test_data(call, tmp_path, name, content, words):
     path = _write(tmp_path / name, content)
