@@ -118,8 +118,6 @@ class _Scope:
     rules: Rules
     # Whether the code that is traced is that of one device, where arrays are parts and nothing is left to place.
     alone: bool = False
-    # Whether what is traced must suit every platform, whatever the mesh's devices are.
-    portable: bool = False
 
 
 # None where shapes alone are wanted and there may be no device yet.
@@ -127,13 +125,12 @@ _SCOPES: list[_Scope | None] = []
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh | AbstractMesh, rules: Rules, *, portable: bool = False) -> Iterator[None]:
+def use(mesh: Mesh | AbstractMesh, rules: Rules) -> Iterator[None]:
     """Makes `mesh` and `rules` the ones that `constrain` resolves names with, while tracing.
 
-    On an abstract mesh programs are traced and never run. With `portable`, `by_platform` keeps the form for every
-    platform in the program, whatever the mesh's devices are.
+    On an abstract mesh programs are traced and never run.
     """
-    _SCOPES.append(_Scope(mesh, rules, portable=portable))
+    _SCOPES.append(_Scope(mesh, rules))
     abstract = isinstance(mesh, AbstractMesh)
     try:
         with jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh):
@@ -150,9 +147,7 @@ def inside(without: frozenset[str] = frozenset()) -> Iterator[None]:
       without: the mesh axes that the code is of one device of, while the others go on as before; empty are all.
     """
     mesh, rules = current()
-    outer = _SCOPES[-1]
-    portable = outer is not None and outer.portable
-    _SCOPES.append(_Scope(mesh, rules.without(without), alone=not without, portable=portable))
+    _SCOPES.append(_Scope(mesh, rules.without(without), alone=not without))
     try:
         yield
     finally:
@@ -194,7 +189,8 @@ def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., 
     `jax.lax.platform_dependent` traces both and decides when the program is lowered, which takes half as long again.
     """
     scope = _SCOPES[-1] if _SCOPES else None
-    platform = platform_of(scope.mesh) if scope and not scope.portable else None
+    # What jax keeps of a trace is kept for one mesh, which knows its platform.
+    platform = platform_of(scope.mesh) if scope else None
     if platform is None:
         return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
     return (cpu if platform == "cpu" else default)(*operands)

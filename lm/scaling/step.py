@@ -57,8 +57,15 @@ class Step:
 
     def count(self, platform: str = "tpu") -> Cost:
         """Traces the step and counts what it costs one device of a platform, which need not be that of the mesh."""
-        with parallel.use(self.assembly.mesh, self.assembly.rules, portable=True):
-            closed = jax.make_jaxpr(self.function)(self.assembly.state, self.batch)
+        mesh = self.assembly.mesh
+        # On a mesh whose devices say what they are, the form for that platform alone would be traced.
+        anywhere = AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types)
+        state, batch = jax.tree.map(
+            lambda leaf: leaf.update(sharding=NamedSharding(anywhere, leaf.sharding.spec)),
+            (self.assembly.state, self.batch),
+        )
+        with parallel.use(anywhere, self.assembly.rules):
+            closed = jax.make_jaxpr(self.function)(state, batch)
         parameters: dict[tuple[int, ...], Spec] = {}
         leaves = jax.tree.leaves(self.gradients)
         for leaf in leaves:

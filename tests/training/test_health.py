@@ -24,7 +24,7 @@ BOUNDS = {"window": 2, "loss_factor": None, "norm_factor": 20.0}
 
 
 def _nothing_held_out(assembly):
-    return lambda params, whole: {}
+    return lambda params, whole, check: {}
 
 
 def _train(run, workdir):
