@@ -233,18 +233,18 @@ def _turn_read_only(monkeypatch, folder):
     """Makes every change below a folder fail, in files that are open too; what was open for reading stays readable."""
     refusal = OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    def refusing(function):
+    def refusing(function, reads=False):
         def called(path, *args, **kwargs):
             is_inside = isinstance(path, str | os.PathLike) and pathlib.Path(path).is_relative_to(folder)
             mode = args[0] if args else kwargs.get("mode", "r")
-            if is_inside and (function is not builtins.open or set(str(mode)) & set("wax+")):
+            if is_inside and not (reads and set(mode) <= set("rbt")):
                 raise refusal
             return function(path, *args, **kwargs)
 
         return called
 
-    monkeypatch.setattr(io, "open", refusing(builtins.open))
-    monkeypatch.setattr(builtins, "open", refusing(builtins.open))
+    monkeypatch.setattr(io, "open", refusing(io.open, reads=True))
+    monkeypatch.setattr(builtins, "open", refusing(builtins.open, reads=True))
     for name in ("mkdir", "rename", "replace", "unlink", "rmdir"):
         monkeypatch.setattr(os, name, refusing(getattr(os, name)))
     # No file grows any more.
