@@ -121,7 +121,7 @@ class MetricsWriter:
         """
         if self._file is None:
             return
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(OSError):
             old, self._file = self._file, self._reopen(lambda line: (line["step"], line["split"]) != (step, split))
             old.close()
 

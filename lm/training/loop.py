@@ -333,7 +333,7 @@ def train(
       workdir: folder of the run.
       make_evaluate: makes the held-out evaluation of this run.
       force_config: go on although the folder holds another config.
-      take_over: go on although a run of another machine may still be alive in the folder, which ends it.
+      take_over: go on although a run of another machine may be alive in the folder, which ends it.
       import_params: reads `init_from` where that is a folder of another project; None reads only runs.
 
     Returns:
@@ -346,7 +346,6 @@ def train(
     timeline = Timeline(experiment.health.slow_factor)
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir)
-    # From here on, so that a start which is asked to stop before its first step ends like any other.
     with stop_requested() as asked, processes.first_holds(locked(folder, take_over=take_over)):
         # Only a first start reads it: a run goes on when the folder it came from is gone.
         if not any((folder / "checkpoints").glob("*")) and not os.path.isdir(experiment.init_from or "."):

@@ -251,16 +251,9 @@ def _turn_read_only(monkeypatch, folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-@pytest.fixture
-def file_sizes():
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 # TensorBoard's writer says its end in a thread of its own.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.usefixtures("file_sizes", "capsys")
+@pytest.mark.usefixtures("capsys")
 def test_read_only_in_mid_run_loses_nothing_that_was_saved(tmp_path, corpus, monkeypatch, caplog):
     made = []
 
@@ -283,13 +276,15 @@ def test_read_only_in_mid_run_loses_nothing_that_was_saved(tmp_path, corpus, mon
     )
     run = dataclasses.replace(run, logging=dataclasses.replace(run.logging, tensorboard=True))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(CheckpointError, match=r"step 6 could not be saved .*: Read-only file system.* is of step 2\."):
-        train(run, str(tmp_path), make_breaking_evaluate)
+    try:
+        with pytest.raises(CheckpointError, match=r"step 6 could not .*: Read-only file system.* is of step 2\."):
+            train(run, str(tmp_path), make_breaking_evaluate)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        monkeypatch.undo()
     assert made == [False, False, True]
     assert "checkpoint 4 could not be saved: Read-only file system" in caplog.text
     assert "metrics.jsonl cannot be written" in caplog.text
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    monkeypatch.undo()
     assert [line["step"] for line in _lines(tmp_path, "train")] == [1, 2, 3, 4]
     assert train(run, str(tmp_path), make_evaluate)
     assert [line["step"] for line in _lines(tmp_path, "train")] == list(range(1, 7))
