@@ -10,6 +10,7 @@ import pathlib
 import resource
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -276,6 +277,7 @@ def test_read_only_in_mid_run_loses_nothing_that_was_saved(tmp_path, corpus, mon
     )
     run = dataclasses.replace(run, logging=dataclasses.replace(run.logging, tensorboard=True))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before_it = {thread.name for thread in threading.enumerate()}
     try:
         with pytest.raises(CheckpointError, match=r"step 6 could not .*: Read-only file system.* is of step 2\."):
             train(run, str(tmp_path), make_breaking_evaluate)
@@ -283,6 +285,8 @@ def test_read_only_in_mid_run_loses_nothing_that_was_saved(tmp_path, corpus, mon
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         monkeypatch.undo()
     assert made == [False, False, True]
+    # None that would keep the program from its end.
+    assert {thread.name for thread in threading.enumerate() if not thread.daemon} <= before_it
     assert "checkpoint 4 could not be saved: Read-only file system" in caplog.text
     assert "metrics.jsonl cannot be written" in caplog.text
     assert [line["step"] for line in _lines(tmp_path, "train")] == [1, 2, 3, 4]
