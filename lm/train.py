@@ -16,6 +16,7 @@ from lm import flags as program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, checkpoints, metrics, tokenizer.")
 _FORCE = flags.DEFINE_bool("force_config", False, "Go on in a folder that holds another config.")
+_TAKE_OVER = flags.DEFINE_bool("take_over", False, "Go on in a folder that a run of another machine holds; ends that.")
 program.define_start()
 
 
@@ -39,10 +40,11 @@ def main(_: list[str]) -> int:
     from lm.training.stopping import EXIT_PREEMPTED
     from lm.training.workdir import open_workdir
 
-    start, folder, force = processes.Start(**program.start()), open_workdir(workdir), _FORCE.value
+    start, folder = processes.Start(**program.start()), open_workdir(workdir)
+    force = {"force_config": _FORCE.value, "take_over": _TAKE_OVER.value}
     with processes.joined(start, folder / "processes" / "train"):
         try:
-            finished = train(experiment, str(folder), make_evaluate, force_config=force, import_params=import_params)
+            finished = train(experiment, str(folder), make_evaluate, **force, import_params=import_params)
         except SickRunError as error:
             # All processes come to it at the same step.
             print(f"train: {error}", file=sys.stderr)

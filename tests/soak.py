@@ -132,7 +132,7 @@ class Watched:
         return [
             path
             for (name, _), path in new.items()
-            if (name.endswith(ending) if ending else ".orbax-checkpoint-tmp" in name)
+            if ((name.endswith(ending) and name[0].isdecimal()) if ending else ".orbax-checkpoint-tmp" in name)
             and (not holding or os.path.exists(f"{path}/{holding}"))
         ]
 

@@ -8,6 +8,7 @@ it would for many.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -33,6 +34,10 @@ from lm.parallel.axes import Rules, spec
 _SIGN = 0.2
 # Seconds that the first process lets the others speak when all end with an error.
 _LAST_WORDS = 2.0
+# Seconds that the others wait for what the first process does for all.
+_MOST_PATIENCE = 3600
+# Counts what it does so, the same in all processes.
+_FIRSTS = itertools.count()
 # sysexits.h EX_UNAVAILABLE: nothing is known to be wrong with the input; starting all of them again may help.
 EXIT_NOT_JOINED = 69
 # What jax says where it finds neither a TPU pod, nor Slurm, nor Open MPI, nor Kubernetes.
@@ -245,7 +250,7 @@ def gather(text: str) -> list[str]:
 
 
 def first(action: Callable[[], object]) -> None:
-    """Lets process 0 act while the others wait; what stops it stops all, in the same words.
+    """Lets process 0 act while the others wait, for minutes if it must; what stops it stops all, in the same words.
 
     Raises:
       UserError: `action` raised it, in process 0.
@@ -257,6 +262,10 @@ def first(action: Callable[[], object]) -> None:
         except Exception as caught:  # raised again below, once the others know
             error = caught
     if jax.process_count() > 1:
+        # Words go by a program of the devices, whose own patience may be half a minute.
+        client = distributed.global_state.client
+        assert client is not None  # there is one wherever there are many processes
+        client.wait_at_barrier(f"lm/first/{next(_FIRSTS)}", _MOST_PATIENCE * 1000)
         message = gather("" if error is None else f"!{error}")[0]
         if message and error is None:
             error = UserError(message[1:])

@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from lm.config import UserError, say_first
 from lm.experiment import CheckpointConfig
 from lm.parallel import processes
-from lm.training.manifests import find_damage, read_manifest, write_manifest
+from lm.training.manifests import find_damage, free_name, probe, read_manifest, write_manifest
 from lm.training.state import TrainState, Tree
 
 ITEMS = ("params", "average", "state", "data")
@@ -147,6 +147,8 @@ class Checkpoints:
         items["data"] = ocp.args.JsonSave(data)
         self._save = _Save(step, metrics)
         try:
+            # Where no folder can be made Orbax would leave threads behind that wait for it for minutes.
+            processes.first(lambda: probe(self.directory))
             self._orbax.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:  # of the disk, in many kinds; said by `_settle`
             self._save.trouble = _first_line(error)
@@ -277,7 +279,7 @@ class Checkpoints:
         self._let_go()
         for step in steps:
             source = self.directory / str(step)
-            processes.first(lambda source=source: source.rename(_free_name(source.with_name(f"{source.name}.damaged"))))
+            processes.first(lambda source=source: source.rename(free_name(source.with_name(f"{source.name}.damaged"))))
         self._steps = self._agree_on_steps()
 
     def steps(self) -> list[int]:
@@ -323,14 +325,6 @@ def _first_line(error: Exception) -> str:
         return error.strerror + (f": {error.filename}" if error.filename else "")
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
-
-
-def _free_name(path: pathlib.Path) -> pathlib.Path:
-    number = 0
-    while path.exists():
-        number += 1
-        path = path.with_name(f"{path.name}.{number}")
-    return path
 
 
 def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -> tuple[int, Tree]:

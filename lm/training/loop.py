@@ -323,6 +323,7 @@ def train(
     make_evaluate: Callable[[Assembly], Evaluate],
     *,
     force_config: bool = False,
+    take_over: bool = False,
     import_params: ImportParams | None = None,
 ) -> bool:
     """Trains a run to its end, from its newest checkpoint if it has one.
@@ -332,6 +333,7 @@ def train(
       workdir: folder of the run.
       make_evaluate: makes the held-out evaluation of this run.
       force_config: go on although the folder holds another config.
+      take_over: go on although a run of another machine may be alive in the folder, which ends it.
       import_params: reads `init_from` where that is a folder of another project; None reads only runs.
 
     Returns:
@@ -344,8 +346,7 @@ def train(
     timeline = Timeline(experiment.health.slow_factor)
     use_compilation_cache(experiment.compilation_cache)
     folder = open_workdir(workdir)
-    # From here on, so that a start which is asked to stop before its first step ends like any other.
-    with stop_requested() as asked, processes.first_holds(locked(folder)):
+    with stop_requested() as asked, processes.first_holds(locked(folder, take_over=take_over)):
         # Only a first start reads it: a run goes on when the folder it came from is gone.
         if not any((folder / "checkpoints").glob("*")) and not os.path.isdir(experiment.init_from or "."):
             raise ConfigError(f"config.init_from: no directory {experiment.init_from}")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
@@ -119,3 +120,22 @@ def _damage(path: pathlib.Path, expected: Sequence[Any], sizes_only: bool) -> st
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None
+
+
+def probe(folder: pathlib.Path) -> None:
+    """Makes and deletes a folder and a file in a folder; raises OSError where the disk does not allow it."""
+    made = folder / f"probe.{os.getpid()}.deleted"
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+        (made / "file").write_bytes(bytes(4096))
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def free_name(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path, or the first with a number behind it that does not exist."""
+    number = 0
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{path.name}.{number}")
+    return path

@@ -25,6 +25,7 @@ from lm import config as configs
 from lm import flags as program
 from lm.config import ConfigError, UserError
 from lm.experiment import Experiment
+from lm.training.lease import Lease
 from lm.training.logging import write_atomically
 
 PACKAGES = ("lm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "numpy")
@@ -118,11 +119,16 @@ def read_config(workdir: pathlib.Path) -> Experiment:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the folder for this process, the first of its run; the lock goes with it, however it ends.
+def locked(workdir: pathlib.Path, *, take_over: bool = False) -> Iterator[None]:
+    """Holds the folder for this process, the first of its run: by a lock against others of this machine, which goes
+    with the process, however it ends, and by a lease against other machines.
+
+    Args:
+      workdir: the folder.
+      take_over: takes the lease of another machine without waiting for its death.
 
     Raises:
-      WorkdirError: another live process is training in this folder.
+      WorkdirError: another live process of this machine is training in this folder. LeaseError: another machine is.
     """
     with (workdir / "lock.0").open("a+") as file:
         try:
@@ -136,7 +142,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        with Lease(workdir).held(take_over=take_over, say=lambda text: print(text, file=sys.stderr, flush=True)):
+            yield
 
 
 def _git_commit() -> str | None:

@@ -41,6 +41,15 @@ def _hold_up(process, workdir):
     raise AssertionError("the watchdog told nothing of a process that stands still")
 
 
+def _wait_for_evaluation(process, workdir):
+    """Waits until a step is logged after which there is an evaluation, and that is not."""
+    while process.poll() is None:
+        last = (workdir / "metrics.jsonl").read_text().splitlines()[-1]
+        if last.endswith("}") and '"train"' in last and json.loads(last)["step"] % 4 == 0:
+            return
+        time.sleep(0.001)
+
+
 def _stop_all(started, workdir, after, victim):
     """Asks one process to stop when the run has logged a step; returns (status, messages) of all."""
     try:
@@ -49,6 +58,7 @@ def _stop_all(started, workdir, after, victim):
             first, held = _hold_up(started[1], workdir)
             assert first["silent_seconds"] < held["silent_seconds"]
             assert held["phase"]
+        _wait_for_evaluation(started[0], workdir)
         started[victim].send_signal(signal.SIGTERM)
         ended = [runs.finish(process, 120) for process in started]
         return [(code, err) for code, _, err in ended]

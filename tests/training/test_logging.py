@@ -4,6 +4,7 @@ import json
 import math
 import resource
 
+import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from lm.experiment import LoggingConfig
@@ -78,17 +79,21 @@ def test_time_left_does_not_wrap_after_a_day():
     assert _duration(139 * 3600 + 62) == "139:01:02"
 
 
+# TensorBoard's writer says its end in a thread of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_lines_that_a_full_disk_does_not_take_wait_for_the_next_try(tmp_path, caplog):
-    writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False), 0)
+    writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=True), 0)
     writer.write(1, "train", {"loss": 1.0})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (70, before[1]))
     try:
         writer.write(2, "train", {"loss": 2.0})
+        writer._events._async_writer._worker.join(20)
         writer.write(3, "train", {"loss": 3.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caplog.text.count("cannot be written") == 1
+    assert caplog.text.count("metrics.jsonl cannot be written") == 1
+    assert caplog.text.count("tensorboard/ cannot be written") == 1
     writer.write(4, "train", {"loss": 4.0})
     writer.close()
     assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0, 4.0]
