@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import llama3
 from lm import models, parallel
@@ -15,6 +16,7 @@ from lm.models import Auto, Chunked, Cudnn, MultiHead, Plain, Ring, Splash
 from lm.models.attention import Features, Layout, Scoring
 from lm.models.context_parallel import attend
 from lm.models.kernels import platform_problems
+from lm.scaling import compiled
 from tests.models.test_attention import SCORINGS, make_inputs, make_side
 
 FEATURES = Features(0.0, False, False, False, False, "bfloat16", 64, 64)
@@ -144,3 +146,93 @@ def test_splash_attention_lowers_for_a_tpu():
     grad = jax.grad(lambda qkv: Splash().attend(*qkv, layout, SCORINGS["soft_cap"]).sum())
     text = jax.jit(grad).trace((q, k, v)).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") >= 3
+
+
+# length, keys, query heads, key heads, channels of keys and of values, causal, soft-cap
+TPU_CASES = {
+    "grouped heads, soft-cap": (1024, 1024, 4, 2, 128, 128, True, 30.0),
+    "a source of another length": (100, 300, 4, 1, 64, 64, False, None),
+    "latent": (256, 256, 4, 4, 192, 128, True, None),
+}
+
+
+@pytest.mark.parametrize("name", TPU_CASES)
+def test_splash_attention_compiles_for_a_tpu(name):
+    """Interpreted kernels are not held to the blocks that the chip has."""
+    pytest.importorskip("libtpu")
+    length, num_keys, heads, kv_heads, width, value_width, causal, cap = TPU_CASES[name]
+    chips = compiled.topology_mesh(parallel.MeshConfig(), compiled.parse_topology("v5e:2x2")).devices
+    mesh = parallel.build_mesh(parallel.MeshConfig(), list(chips.flat[:1]))
+    one = NamedSharding(mesh, PartitionSpec())
+
+    def grad(qkv, sides):
+        layout, scoring = Layout(*sides, causal), Scoring(scale=0.1, soft_cap=cap)
+        return jax.grad(lambda qkv: Splash().attend(*qkv, layout, scoring).sum())(qkv)
+
+    shapes = ((2, length, heads, width), (2, num_keys, kv_heads, width), (2, num_keys, kv_heads, value_width))
+    arrays = tuple(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=one) for shape in shapes)
+    sides = [make_side([[1] * size] * 2) for size in (length, num_keys)]
+    sides = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), sides)
+    with parallel.use(mesh, parallel.DEFAULT_RULES):
+        text = jax.jit(grad).lower(arrays, sides).compile().as_text()
+    # Forward, and the gradients of queries and of keys with values.
+    assert text.count("tpu_custom_call") == 3
+
+
+# queries, keys, key heads, channels, causal, window, mask type of the call
+GPU_CASES = {
+    "causal": (256, 256, 4, 64, True, None, "CAUSAL"),
+    "both ways": (256, 256, 4, 64, False, None, "NO_MASK"),
+    "window": (256, 256, 2, 128, True, 32, "CAUSAL"),
+    "a source of another, odd length": (100, 201, 1, 64, False, None, "NO_MASK"),
+}
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_cudnn_lowers_for_a_gpu(name, monkeypatch):
+    """What `problems` lets through is a call of cuDNN, forward and backward; there is no GPU here to compute it."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    length, num_keys, kv_heads, width, causal, window, mask = GPU_CASES[name]
+    assert Cudnn().problems(FEATURES._replace(window=window is not None, key_width=width, value_width=width)) == []
+    layout = Layout(make_side([[1] * length] * 2), make_side([[1] * num_keys] * 2), causal, window)
+    q = jnp.zeros((2, length, 4, width), jnp.bfloat16)
+    k = jnp.zeros((2, num_keys, kv_heads, width), jnp.bfloat16)
+    grad = jax.grad(lambda qkv: Cudnn().attend(*qkv, layout, Scoring(scale=0.1)).sum())
+    text = jax.jit(grad).trace((q, k, k)).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.findall(r"__cudnn\$fmha\w+", text) == [
+        "__cudnn$fmhaScaleBiasSoftmax",
+        "__cudnn$fmhaScaleBiasSoftmaxBackward",
+    ]
+    assert set(re.findall(r"mask_type\W+22: \W+22(\w+)\\", text)) == {mask}
+    # Who may read whom is a bias of their own lengths, made even.
+    assert f"2x1x{length + length % 2}x{num_keys + num_keys % 2}x" in text
+
+
+def _has_gpu():
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
+@pytest.mark.skipif(not _has_gpu(), reason="needs an NVIDIA GPU: JAX_PLATFORMS=cuda,cpu")
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 3)])
+def test_cudnn_equals_the_plain_one_on_a_gpu(causal, window):
+    """With packed segments, padding and grouped heads; what else there is, `problems` refuses."""
+    arrays, side = make_inputs()
+    side = side._replace(bidirectional=jnp.zeros_like(side.bidirectional))
+
+    def results(kernel):
+        def mean(qkv):
+            out = kernel.attend(*qkv, Layout(side, side, causal, window), SCORINGS["plain"])
+            return jnp.mean(jnp.sin(out.astype(jnp.float32))), out
+
+        inputs = jax.device_put([x.astype(jnp.bfloat16) for x in arrays], jax.devices("gpu")[0])
+        return jax.device_get(jax.jit(jax.value_and_grad(mean, has_aux=True))(tuple(inputs)))
+
+    got, expected = (
+        jax.tree.map(lambda x: np.asarray(x, np.float32), results(kernel)) for kernel in (Cudnn(), Plain())
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max()), got, expected)

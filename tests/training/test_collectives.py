@@ -2,12 +2,13 @@
 
 Arrays of rank one and scalars (norm scales, counts, losses) are left out: they cost nothing, and how the compiler
 groups them differs between versions. XLA:CPU writes a gradient that each device keeps a part of as an all-reduce and
-a slice, where TPUs and GPUs have a reduce-scatter.
+a slice; that it is a reduce-scatter where there is one is seen in the program for a TPU, compiled without one.
 """
 
 import collections
 import dataclasses
 import functools
+import math
 
 import jax
 import pytest
@@ -15,6 +16,8 @@ import pytest
 from lm.experiment import LossConfig
 from lm.models import Decoder
 from lm.parallel import MeshConfig, list_collectives
+from lm.scaling import compiled
+from lm.scaling.step import describe_step
 from lm.training.assembly import assemble
 from lm.training.step import make_evaluation_step, make_train_step
 from tests.training.experiments import TOKENIZER, random_batch, tiny
@@ -59,10 +62,11 @@ def of(found, kind, *dimensions):
 DATA = MeshConfig(data=8)
 FSDP = MeshConfig(data=1, fsdp=8)
 TENSOR = MeshConfig(data=4, tensor=2)
+CONTEXT = MeshConfig(data=2, context=4)
 THREE = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
-@pytest.mark.parametrize("mesh", [DATA, FSDP, TENSOR, THREE], ids=["data", "fsdp", "tensor", "three"])
+@pytest.mark.parametrize("mesh", [DATA, FSDP, THREE, CONTEXT], ids=["data", "fsdp", "three", "context"])
 def test_no_activations_and_no_logits_are_gathered(mesh):
     found = traffic(mesh, train=True)
     shards = mesh.sizes(8)
@@ -101,3 +105,46 @@ def test_tensor_parallel_has_two_reductions_a_block():
     # After attention and after the feed-forward layer; once more after the lookup in a divided vocabulary.
     assert of(forward, "all-reduce", rows, LENGTH, WIDTH) == 2 * LAYERS + 1
     assert {kind for kind, _ in forward} == {"all-reduce"}
+
+
+@functools.cache
+def tpu_traffic(mesh, width):
+    """Counts the same in a train step for four TPUs."""
+    model = dataclasses.replace(MODEL, model_dim=width, mlp_dim=width)
+    data = dataclasses.replace(tiny().data, sequence_length=LENGTH)
+    step = describe_step(
+        tiny(mesh=mesh, model=model, data=data, loss=LossConfig()),
+        compiled.topology_mesh(mesh, compiled.parse_topology("v5e:2x2")),
+    )
+    found = collections.Counter()
+    for each in list_collectives(step.lower().compile().as_text()):
+        for dimensions in each.dimensions:
+            if math.prod(dimensions) > width * LAYERS and len(dimensions) > 1:
+                found[each.kind, dimensions] += each.turns
+    return found
+
+
+# A program for TPUs that are not here is kept, and cannot be read again.
+UNREAD = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
+
+@UNREAD
+def test_fsdp_on_tpus_scatters_each_gradient_once():
+    pytest.importorskip("libtpu")
+    # What four devices divide has to fill their tiles, or the compiler sums it whole.
+    found = tpu_traffic(MeshConfig(data=1, fsdp=4), 512)
+    assert {kind for kind, _ in found} == {"all-gather", "reduce-scatter"}
+    # The table's gradient is the sum of its two uses.
+    assert of(found, "reduce-scatter") == LAYERS * MATRICES + 1
+    # Parameters only. Gathers begin within other kernels, which name them again.
+    assert all(LENGTH not in shape for _, shape in found)
+    assert of(found, "all-gather") >= 2 * LAYERS * MATRICES
+
+
+@UNREAD
+def test_tensor_parallel_on_tpus_has_two_reductions_a_block_each_way():
+    pytest.importorskip("libtpu")
+    found = tpu_traffic(MeshConfig(data=2, tensor=2), WIDTH)
+    # And one after the lookup, one before its gradient.
+    assert of(found, "all-reduce", ROWS // 2, LENGTH, WIDTH) == 2 * (2 * LAYERS + 1)
+    assert {kind for kind, _ in found} == {"all-reduce"}
