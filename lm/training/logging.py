@@ -12,14 +12,9 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from absl import logging
-
-# Generated classes, which type checkers cannot see.
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] generated
-from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] generated
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 from lm.experiment import LoggingConfig
@@ -81,6 +76,38 @@ def _is_figure(value: Any) -> bool:
     return isinstance(value, float) or value in ("nan", "inf", "-inf")
 
 
+class _EventFile:
+    """TensorBoard's file of a run, made with its first figures: the import takes a second, which no start waits for."""
+
+    def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
+        self._folder, self._first_step, self._writer = str(workdir / "tensorboard"), first_step, None
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Adds the figures of a step."""
+        # Generated classes, which type checkers cannot see.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        events, summaries = cast(Any, event_pb2), cast(Any, summary_pb2)
+        if self._writer is None:
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self._writer = EventFileWriter(self._folder)
+            if self._first_step:
+                # Tells TensorBoard to forget what an interrupted run logged after this step.
+                start = events.SessionLog(status=events.SessionLog.START)
+                self._writer.add_event(
+                    events.Event(step=self._first_step + 1, wall_time=time.time(), session_log=start)
+                )
+        scalars = [summaries.Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
+        summary = summaries.Summary(value=scalars)
+        self._writer.add_event(events.Event(step=step, wall_time=time.time(), summary=summary))
+
+    def close(self) -> None:
+        """Flushes and closes it."""
+        if self._writer is not None:
+            self._writer.close()
+
+
 class MetricsWriter:
     """Appends figures to metrics.jsonl and to a TensorBoard event file."""
 
@@ -101,12 +128,7 @@ class MetricsWriter:
             return
         self._path = workdir / "metrics.jsonl"
         self._file = self._reopen(lambda line: line["step"] <= first_step)
-        self._events = EventFileWriter(str(workdir / "tensorboard")) if config.tensorboard else None
-        if self._events is not None and first_step:
-            # Tells TensorBoard to forget what an interrupted run logged after this step.
-            self._events.add_event(
-                Event(step=first_step + 1, wall_time=time.time(), session_log=SessionLog(status=SessionLog.START))
-            )
+        self._events = _EventFile(workdir, first_step) if config.tensorboard else None
 
     def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> BinaryIO:
         if self._path.exists():
@@ -149,8 +171,7 @@ class MetricsWriter:
                     "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
                 )
         if self._events is not None:
-            scalars = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
-            self._events.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
+            self._events.write(step, split, values)
 
     def close(self) -> None:
         """Flushes and closes both files."""
