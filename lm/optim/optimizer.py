@@ -110,6 +110,21 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     return optax.GradientTransformation(lambda params: inner.init(cast(params)), update)
 
 
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+    """Scales all gradients by one factor, so that their global norm is at most `most` (Pascanu et al. 2013).
+
+    optax divides and chooses element by element, in each of the loops that AdamW's fusions are: 94 instead of 54
+    processor milliseconds for an update of 22 million parameters on a CPU.
+    """
+
+    def clip(updates: Any, params: Any) -> Any:
+        del params
+        factor = jnp.minimum(1.0, most / optax.tree.norm(updates))
+        return jax.tree.map(lambda update: update * factor, updates)
+
+    return optax.stateless(clip)
+
+
 def build_optimizer(config: OptimizerConfig, num_steps: int, params: Any, axes: Any) -> optax.GradientTransformation:
     """Builds the optimizer of a run. `update` needs the parameters.
 
@@ -132,7 +147,7 @@ def build_optimizer(config: OptimizerConfig, num_steps: int, params: Any, axes: 
     def decays(role: Role, is_kept: bool) -> bool:
         return role.kind in DECAYED_KINDS[config.decayed] and not is_kept
 
-    steps = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    steps = [] if config.clip_norm is None else [clip_by_global_norm(config.clip_norm)]
     steps.append(config.rule.build(roles))
     if config.weight_decay:
         kept = jax.tree.map(lambda k, f: optax.MaskedNode() if f else k, kept, frozen)

@@ -42,10 +42,12 @@ def encode(x: jax.Array, num_bits: int) -> jax.Array:
     is divided into 2^(num_bits - k) equal steps, whose upper ends are the values; 0 and 1 are exact.
     """
     last = num_bits - 1
-    below = sum((x < 10.0**-k).astype(jnp.int32) for k in range(1, num_bits))
-    steps = jnp.exp2((last - below).astype(jnp.float32))
+    below = jnp.zeros(x.shape, jnp.float32)
+    for k in range(1, num_bits):
+        below = below + (x < 10.0**-k)
+    steps = jnp.exp2(last - below)
     # Below the last decade, what is nearer to zero than to its lower end is zero.
-    part = (x * 10.0 ** below.astype(jnp.float32) - 0.1) / 0.9
+    part = (x * 10.0**below - 0.1) / 0.9
     return jnp.maximum(steps - 1 + jnp.round(part * steps), 0.0).astype(jnp.int32)
 
 

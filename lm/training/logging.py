@@ -13,14 +13,9 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from absl import logging
-
-# Generated classes, which type checkers cannot see.
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] generated
-from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] generated
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tqdm import tqdm
 
 from lm.experiment import LoggingConfig
@@ -82,6 +77,57 @@ def _is_figure(value: Any) -> bool:
     return isinstance(value, float) or value in ("nan", "inf", "-inf")
 
 
+class _EventFile:
+    """TensorBoard's file of a run, made with its first figures: the import takes a second, which no start waits for.
+
+    The thread that writes it has ended once the disk did not take something; what comes later is left out then.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
+        self._folder, self._first_step, self._writer = str(workdir / "tensorboard"), first_step, None
+        self._is_lost = False
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Adds the figures of a step."""
+        if self._is_lost:
+            return
+        # Generated classes, which type checkers cannot see.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        scalars = [cast(Any, summary_pb2).Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
+        summary = cast(Any, summary_pb2).Summary(value=scalars)
+        with self._telling():
+            self._open(event_pb2).add_event(
+                cast(Any, event_pb2).Event(step=step, wall_time=time.time(), summary=summary)
+            )
+
+    def close(self) -> None:
+        """Flushes and closes it."""
+        with self._telling():
+            if self._writer is not None and not self._is_lost:
+                self._writer.close()
+
+    def _open(self, events: Any) -> Any:
+        if self._writer is None:
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self._writer = EventFileWriter(self._folder)
+            if self._first_step:
+                # Tells TensorBoard to forget what an interrupted run logged after this step.
+                start = events.SessionLog(status=events.SessionLog.START)
+                event = events.Event(step=self._first_step + 1, wall_time=time.time(), session_log=start)
+                self._writer.add_event(event)
+        return self._writer
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._is_lost = True
+            logging.error("tensorboard/ cannot be written (%s); this start writes no more of it", error.strerror)
+
+
 class MetricsWriter:
     """Appends figures to metrics.jsonl and to a TensorBoard event file."""
 
@@ -102,11 +148,7 @@ class MetricsWriter:
             return
         self._path = workdir / "metrics.jsonl"
         self._file = self._reopen(lambda line: line["step"] <= first_step)
-        self._events = EventFileWriter(str(workdir / "tensorboard")) if config.tensorboard else None
-        if first_step:
-            # Tells TensorBoard to forget what an interrupted run logged after this step.
-            log = SessionLog(status=SessionLog.START)
-            self._add(Event(step=first_step + 1, wall_time=time.time(), session_log=log))
+        self._events = _EventFile(workdir, first_step) if config.tensorboard else None
 
     def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> BinaryIO:
         if self._path.exists():
@@ -152,21 +194,8 @@ class MetricsWriter:
                 logging.error(
                     "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
                 )
-        scalars = [Summary.Value(tag=f"{split}/{k}", simple_value=v) for k, v in values.items()]
-        self._add(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
-
-    def _add(self, event: Event | None) -> None:
-        """Adds to the event file, or closes it; the thread that writes it has ended once the disk did not take it."""
-        if self._events is None:
-            return
-        try:
-            if event is None:
-                self._events.close()
-            else:
-                self._events.add_event(event)
-        except OSError as error:
-            logging.error("tensorboard/ cannot be written (%s); this start writes no more of it", error.strerror)
-            self._events = None
+        if self._events is not None:
+            self._events.write(step, split, values)
 
     def close(self) -> None:
         """Flushes and closes both files."""
@@ -174,7 +203,8 @@ class MetricsWriter:
             with contextlib.suppress(OSError):
                 self._file.write(self._waiting)
             self._file.close()
-        self._add(None)
+        if self._events is not None:
+            self._events.close()
 
 
 def _speed(tokens_per_second: float) -> str:

@@ -118,7 +118,7 @@ def fetch(opt_state: Tree) -> Tree:
     return _move(opt_state, parallel.current()[1], jax.memory.Space.Device)
 
 
-def _move(opt_state: Tree, rules: parallel.Rules, to: jax.memory.Space) -> Tree:
+def _move(opt_state: Tree, rules: parallel.Rules, to: Any) -> Tree:
     if not rules.optimizer_on_host:
         return opt_state
     return jax.tree.map(lambda leaf: jax.device_put(leaf, to) if leaf.ndim else leaf, opt_state)

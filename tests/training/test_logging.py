@@ -88,7 +88,7 @@ def test_lines_that_a_full_disk_does_not_take_wait_for_the_next_try(tmp_path, ca
     resource.setrlimit(resource.RLIMIT_FSIZE, (70, before[1]))
     try:
         writer.write(2, "train", {"loss": 2.0})
-        writer._events._async_writer._worker.join(20)
+        writer._events._writer._async_writer._worker.join(20)
         writer.write(3, "train", {"loss": 3.0})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
