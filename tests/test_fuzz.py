@@ -95,6 +95,8 @@ FOUND = {
     "a vocabulary that leads out": ("vocabulary", lambda: SEEDS["vocabulary"]()[3]),
     "a path longer than paths can be": ("overrides", lambda: b"data.source=" + DEEP),
     "a name that no file can have": ("overrides", lambda: b"data.source=" + b"9" * 3000),
+    "a zero byte in a pattern": ("overrides", lambda: b"data.source=\0here/*"),
+    "the home of nobody": ("overrides", lambda: b"data.source=~nobody-of-this-name/*.txt"),
     "a number beyond floats": ("overrides", lambda: b"seed=1e400"),
     "an index of no shards": ("tokenized_index", lambda: _json(SEEDS["tokenized_index"]()[0], shards=[])),
     "an index of other shards": ("tokenized_index", lambda: _json(SEEDS["tokenized_index"]()[0], shards=[{}])),

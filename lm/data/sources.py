@@ -251,7 +251,10 @@ class Files:
         for pattern in self.paths:
             if len(pattern) > _LONGEST_PATH:
                 raise DataError(f"{pattern[:80]}...: {len(pattern)} characters are no path")
-            path = pathlib.Path(pattern).expanduser()
+            if "\0" in pattern:
+                raise DataError(f"{pattern!r}: no path has a zero byte")
+            # Unlike pathlib's, it leaves the home of nobody as it is.
+            path = pathlib.Path(os.path.expanduser(pattern))
             # Unlike pathlib, these take a name that no file can have for what it is: not there.
             if os.path.isdir(path):
                 matches = glob.glob(f"{glob.escape(str(path))}/**", recursive=True)

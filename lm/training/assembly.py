@@ -246,7 +246,7 @@ def load_run(workdir: str, step: int | None = None, experiment: Experiment | Non
     Raises:
       ConfigError: not the folder of a run. CheckpointError: no checkpoint that fits.
     """
-    path = pathlib.Path(workdir).expanduser()
+    path = pathlib.Path(os.path.expanduser(workdir))
     if experiment is None:
         experiment = dataclasses.replace(read_config(path), mesh=parallel.MeshConfig(data=1, fsdp=-1))
     use_compilation_cache(experiment.compilation_cache)

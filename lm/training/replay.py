@@ -6,6 +6,7 @@ Knows no model and no device. Law: what it returns is bit for bit what the step 
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -89,7 +90,7 @@ def replay(workdir: str, step: int) -> tuple[Replayed, Vocabulary, Experiment]:
     Raises:
       ConfigError: no such run or no such step. WorkdirError: the text changed, or the run logged other data.
     """
-    path = pathlib.Path(workdir).expanduser()
+    path = pathlib.Path(os.path.expanduser(workdir))
     experiment = read_config(path)
     if not 1 <= step <= experiment.num_steps:
         raise ConfigError(f"--step={step}: the steps of {workdir} are 1 to {experiment.num_steps}")

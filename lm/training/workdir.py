@@ -41,7 +41,7 @@ def open_workdir(path: str) -> pathlib.Path:
     Raises:
       WorkdirError: it cannot be written to. ConfigError: it is no folder but an address.
     """
-    workdir = pathlib.Path(program.folder(path, "--workdir")).expanduser().absolute()
+    workdir = pathlib.Path(os.path.expanduser(program.folder(path, "--workdir"))).absolute()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".probe.{os.getpid()}"
