@@ -22,7 +22,7 @@ PREEMPTED = 75
 
 
 def _stop_all(started, workdir, after, victim):
-    """Asks one process to stop when the run has logged a step; returns (status, messages) of all."""
+    """Asks one process to stop when the log has so many lines; returns (status, messages) of all."""
     try:
         runs.wait_for_step(started[0], workdir, after)
         started[victim].send_signal(signal.SIGTERM)
@@ -61,32 +61,57 @@ def experiment(tmp_path):
     )
 
 
-def test_a_run_moves_between_processes_and_devices(tmp_path, experiment, monkeypatch):
+def _leg(experiment, flags, workdir, shape, monkeypatch):
+    """Goes on with a run as so many processes of so many devices each until it is asked to stop; returns its step."""
+    number, devices = shape
+    if number == 1:
+        with monkeypatch.context() as patch:
+            if devices == 1:
+                patch.setattr(parallel, "build_mesh", lambda _: _one_device())
+            assert not train(experiment, str(workdir), _stopping_evaluate, force_config=True)
+        return _last_step(workdir)
+    # One is asked to stop, all stop at one step with a checkpoint of it.
+    lines = (workdir / "metrics.jsonl").read_text().count("\n")
+    started = runs.start_many("lm.train", number, devices, *flags, "--force_config")
+    ended = _stop_all(started, workdir, lines + 3, number // 2)
+    assert [code for code, _ in ended] == [PREEMPTED] * number, "\n".join(err for _, err in ended)
+    step = _last_step(workdir)
+    assert (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+    assert f"stopped after step {step}; saved" in ended[0][1]
+    assert "saved" not in ended[1][1]
+    return step
+
+
+# Processes x devices of each. The second walks from each of four to each of the others.
+ROUTES = [
+    pytest.param([(1, 8), (4, 2), (1, 1)], 48, id="1x8 4x2 1x1"),
+    pytest.param(
+        [(1, 8), (4, 2), (1, 8), (2, 4), (1, 8), (1, 1), (4, 2), (2, 4), (4, 2), (1, 1), (2, 4), (1, 1), (1, 8)],
+        160,
+        id="any direction",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("route", "num_steps"), ROUTES)
+def test_a_run_moves_between_processes_and_devices(tmp_path, experiment, monkeypatch, route, num_steps):
+    experiment = dataclasses.replace(experiment, num_steps=num_steps)
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     assert train(experiment, str(whole), make_evaluate)
     flags = [experiments.save(experiment, tmp_path / "config.json"), f"--workdir={moved}"]
-
-    # 1 x 8
-    assert not train(experiment, str(moved), _stopping_evaluate)
-    assert _last_step(moved) == 4
-    # 4 x 2, then 2 x 4: one is asked to stop, all stop at one step with a checkpoint of it.
-    at = [4]
-    for number, victim in ((4, 2), (2, 0)):
-        started = runs.start_many("lm.train", number, 8 // number, *flags)
-        ended = _stop_all(started, moved, at[-1] + 5, victim)
-        assert [code for code, _ in ended] == [PREEMPTED] * number, "\n".join(err for _, err in ended)
-        at.append(_last_step(moved))
-        assert at[-2] < at[-1] < 80
-        assert (moved / "checkpoints" / str(at[-1]) / "manifest.json").exists()
-        assert f"stopped after step {at[-1]}; saved" in ended[0][1]
-        assert "saved" not in ended[1][1]
-    assert not (moved / "processes").exists()
-    # 1 x 1
-    monkeypatch.setattr(parallel, "build_mesh", lambda _: _one_device())
-    assert train(experiment, str(moved), make_evaluate, force_config=True)
+    at = [0]
+    for shape in route[:-1]:
+        at.append(_leg(experiment, flags, moved, shape, monkeypatch))
+        assert at[-2] < at[-1] < num_steps
+        assert not (moved / "processes").exists()
+    with monkeypatch.context() as patch:
+        if route[-1] == (1, 1):
+            patch.setattr(parallel, "build_mesh", lambda _: _one_device())
+        assert train(experiment, str(moved), make_evaluate, force_config=True)
 
     expected, got = runs.history(whole), runs.history(moved)
-    assert [line["step"] for line in got] == list(range(1, 81))
+    assert [line["step"] for line in got] == list(range(1, num_steps + 1))
     assert [line["data_order"] for line in got] == [line["data_order"] for line in expected]
     for name in ("loss", "nll", "gradient_norm", "seen_tokens", "total_tokens"):
         np.testing.assert_allclose([line[name] for line in got], [line[name] for line in expected], rtol=1e-5)
@@ -95,10 +120,7 @@ def test_a_run_moves_between_processes_and_devices(tmp_path, experiment, monkeyp
         np.testing.assert_allclose(before["nll"], after["nll"], rtol=1e-5)
     starts = json.loads((moved / "run.json").read_text())["starts"]
     assert [(start["devices"]["processes"], start["from_step"]) for start in starts] == [
-        (1, 0),
-        (4, at[0]),
-        (2, at[1]),
-        (1, at[2]),
+        (number, step) for (number, _), step in zip(route, at, strict=True)
     ]
 
 
