@@ -159,7 +159,7 @@ def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _is_length_divided() -> bool:
-    """Returns whether devices divide sequences: rows and positions as one axis would be gathered, both being divided."""
+    """Returns whether devices divide sequences: rows and positions, joined into one axis, would be gathered."""
     return is_divided() and num_shards("length") > 1
 
 

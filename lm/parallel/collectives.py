@@ -116,8 +116,8 @@ def list_collectives(text: str) -> list[Collective]:
 
     A loop counts its body as often as the compiler says that it turns (`known_trip_count`); where it does not say, as
     for TPUs, the largest constant of the loop's condition is taken for that, and where there is none, the body counts
-    once. Of a conditional all branches count. A TPU's kernel that is written as an all-reduce and a slice, and sends what
-    a reduce-scatter does, is one.
+    once. Of a conditional all branches count. A TPU's kernel that is written as an all-reduce and a slice is a
+    reduce-scatter, which is what it sends.
 
     Args:
       text: `compiled.as_text()` of `jax.jit(...).lower(...).compile()`.
