@@ -46,7 +46,8 @@ class Compiled:
       argument_bytes: state and batch.
       output_bytes: new state and metrics.
       alias_bytes: outputs that take the place of arguments.
-      temporary_bytes: what the step needs for a time.
+      temporary_bytes: what the step is given for a time; more than it needs where there is room.
+      peak_bytes: most bytes alive at once, arguments included; for TPUs (a CPU's leaves out temporaries).
       flops: XLA's count of operations; the body of a loop counts once.
       collectives: by kind: how many, loops counted as often as they run, and the bytes of their results.
       seconds: that lowering and compiling took.
@@ -56,6 +57,7 @@ class Compiled:
     output_bytes: int
     alias_bytes: int
     temporary_bytes: int
+    peak_bytes: int
     flops: float
     collectives: dict[str, parallel.Traffic]
     seconds: float
@@ -154,6 +156,7 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> Compiled:
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
         flops=float(costs.get("flops", math.nan)),
         collectives=parallel.count_collectives(compiled.as_text()),
         seconds=seconds,

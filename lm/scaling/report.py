@@ -126,6 +126,7 @@ def describe_compiled(found: Compiled, plan: Plan) -> str:
             f"  arguments        {amount(found.argument_bytes, 'B'):>10}  planned {amount(plan.argument_bytes, 'B')}",
             f"  temporaries      {amount(found.temporary_bytes, 'B'):>10}  planned {amount(temporaries, 'B')}",
             f"  total            {amount(found.total_bytes, 'B'):>10}  planned {amount(plan.total_bytes, 'B')}",
+            f"  most alive       {amount(found.peak_bytes, 'B'):>10}  of a TPU; a CPU's leaves out temporaries",
             f"  operations       {amount(found.flops, 'FLOP'):>10}  the body of each loop counted once",
             *(
                 f"  {kind:<18} {count:>7,} times {amount(size, 'B'):>10} of results"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -67,16 +68,20 @@ def _stop_all(started, workdir, after, victim):
             process.kill()
 
 
-def _stopping_evaluate(assembly):
-    """Asks this process to stop at its first evaluation inside the loop, which the next start has to make."""
-    evaluate = make_evaluate(assembly)
+def _stopping_evaluate(left):
+    """Asks this process to stop at an evaluation inside the loop, after `left`; the next start has to make it."""
 
-    def wrapped(params, whole, check):
-        if not whole:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(params, whole, check)
+    def make(assembly):
+        evaluate, coming = make_evaluate(assembly), itertools.count()
 
-    return wrapped
+        def wrapped(params, whole, check):
+            if not whole and next(coming) == left:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(params, whole, check)
+
+        return wrapped
+
+    return make
 
 
 def _last_step(workdir):
@@ -95,33 +100,58 @@ def experiment(tmp_path):
     )
 
 
-def test_a_run_moves_between_processes_and_devices(tmp_path, experiment, monkeypatch):
+def _leg(experiment, flags, workdir, shape, before, monkeypatch):
+    """Goes on with a run as so many processes of so many devices each until it is asked to stop; returns its step."""
+    number, devices = shape
+    if number == 1:
+        with monkeypatch.context() as patch:
+            if devices == 1:
+                patch.setattr(parallel, "build_mesh", lambda _: _one_device())
+            # What was stopped at an evaluation makes it first.
+            assert not train(experiment, str(workdir), _stopping_evaluate(min(before, 1)), force_config=True)
+        return _last_step(workdir)
+    # One is asked to stop, all stop at one step with a checkpoint of it.
+    started = runs.start_many("lm.train", number, devices, *flags, "--force_config")
+    ended = _stop_all(started, workdir, before + 5, number // 2)
+    assert [code for code, _ in ended] == [PREEMPTED] * number, "\n".join(err for _, err in ended)
+    step = _last_step(workdir)
+    assert (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+    assert f"stopped after step {step}; saved" in ended[0][1]
+    assert number == 4 or "\nprocess 1: step " in ended[0][1]
+    assert "saved" not in ended[1][1]
+    return step
+
+
+# Processes x devices of each. The second walks from each of four to each of the others.
+ROUTES = [
+    pytest.param([(1, 8), (4, 2), (2, 4), (1, 1)], 80, id="1x8 4x2 2x4 1x1"),
+    pytest.param(
+        [(1, 8), (4, 2), (1, 8), (2, 4), (1, 8), (1, 1), (4, 2), (2, 4), (4, 2), (1, 1), (2, 4), (1, 1), (1, 8)],
+        400,
+        id="any direction",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("route", "num_steps"), ROUTES)
+def test_a_run_moves_between_processes_and_devices(tmp_path, experiment, monkeypatch, route, num_steps):
+    experiment = dataclasses.replace(experiment, num_steps=num_steps)
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     assert train(experiment, str(whole), make_evaluate)
     flags = [experiments.save(experiment, tmp_path / "config.json"), f"--workdir={moved}"]
-
-    # 1 x 8
-    assert not train(experiment, str(moved), _stopping_evaluate)
-    assert _last_step(moved) == 4
-    # 4 x 2, then 2 x 4: one is asked to stop, all stop at one step with a checkpoint of it.
-    at = [4]
-    for number, victim in ((4, 2), (2, 0)):
-        started = runs.start_many("lm.train", number, 8 // number, *flags)
-        ended = _stop_all(started, moved, at[-1] + 5, victim)
-        assert [code for code, _ in ended] == [PREEMPTED] * number, "\n".join(err for _, err in ended)
-        at.append(_last_step(moved))
-        assert at[-2] < at[-1] < 80
-        assert (moved / "checkpoints" / str(at[-1]) / "manifest.json").exists()
-        assert f"stopped after step {at[-1]}; saved" in ended[0][1]
-        assert number == 4 or "\nprocess 1: step " in ended[0][1]
-        assert "saved" not in ended[1][1]
-    assert not (moved / "processes").exists()
-    # 1 x 1
-    monkeypatch.setattr(parallel, "build_mesh", lambda _: _one_device())
-    assert train(experiment, str(moved), make_evaluate, force_config=True)
+    at = [0]
+    for shape in route[:-1]:
+        at.append(_leg(experiment, flags, moved, shape, at[-1], monkeypatch))
+        assert at[-2] < at[-1] < num_steps
+        assert not (moved / "processes").exists()
+    with monkeypatch.context() as patch:
+        if route[-1] == (1, 1):
+            patch.setattr(parallel, "build_mesh", lambda _: _one_device())
+        assert train(experiment, str(moved), make_evaluate, force_config=True)
 
     expected, got = runs.history(whole), runs.history(moved)
-    assert [line["step"] for line in got] == list(range(1, 81))
+    assert [line["step"] for line in got] == list(range(1, num_steps + 1))
     assert [line["data_order"] for line in got] == [line["data_order"] for line in expected]
     for name in ("loss", "nll", "gradient_norm", "seen_tokens", "total_tokens"):
         np.testing.assert_allclose([line[name] for line in got], [line[name] for line in expected], rtol=1e-5)
@@ -130,10 +160,7 @@ def test_a_run_moves_between_processes_and_devices(tmp_path, experiment, monkeyp
         np.testing.assert_allclose(before["nll"], after["nll"], rtol=1e-5)
     starts = json.loads((moved / "run.json").read_text())["starts"]
     assert [(start["devices"]["processes"], start["from_step"]) for start in starts] == [
-        (1, 0),
-        (4, at[0]),
-        (2, at[1]),
-        (1, at[2]),
+        (number, step) for (number, _), step in zip(route, at, strict=True)
     ]
 
 
