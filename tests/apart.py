@@ -100,7 +100,10 @@ class First:
     def pytest_unconfigure(self):
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            self.process.wait(60)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -250,7 +250,7 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_must(name, make_batch, sha
     low = dataclasses.replace(DECODERS[name], dtype="bfloat16")
     batch = make_batch([[5, 4], [9]])
     gradients = {config: jax.jit(functools.partial(loss_and_gradient, config)) for config in (low, DECODERS[name])}
-    # Some weights magnify what is rounded, so three draws are taken.
+    # Three draws: some weights magnify what is rounded (of eight, chunked_bucketed: 0.010 to 0.034; gpt2: 0.004).
     draws = [shake(model.init(jax.random.key(0)), seed, size=0.1) for seed in (1, 2, 3)]
     exact, output = run(model, draws[0], batch), run(low.build(), draws[0], batch)
     assert output.logits.dtype == jnp.float32
