@@ -1,8 +1,7 @@
-"""Runs the tests that start programs as processes beside all others, in one second process of pytest.
+"""Runs the tests that start programs as processes, and some rooms, beside all others in one second process of pytest.
 
-Such tests mostly wait for what they started, and the others use one core: side by side both cores are busy. Where there
-is only the one kind, or the debugger is asked for, nothing runs apart. What the second process reports is shown by the
-first, as if it were its own.
+The others use one core: side by side both cores are busy. Where there is only the one kind, or the debugger is asked
+for, nothing runs apart. What the second process reports is shown by the first, as if it were its own.
 """
 
 import json
@@ -21,8 +20,12 @@ import pytest
 REPORTS = "LM_TESTS_REPORTS"
 
 
+# Chosen so that both processes take equally long.
+ROOMS = ("interop", "scaling")
+
+
 def is_apart(item):
-    return item.get_closest_marker("system") is not None
+    return item.get_closest_marker("system") is not None or item.path.parent.name in ROOMS
 
 
 class Second:
