@@ -206,9 +206,16 @@ def _asked_in_batch(monkeypatch, number):
     return batches
 
 
+def _compared(workdir):
+    """The saved steps, and the figures by which each is compared with the others."""
+    folders = sorted((workdir / "checkpoints").iterdir())
+    return {int(folder.name): read_manifest(folder)["metrics"] for folder in folders}
+
+
 def test_asked_to_stop_in_an_evaluation_it_saves_and_the_next_start_evaluates(tmp_path, corpus, monkeypatch):
     evaluation = EvaluationConfig(every=2, num_batches=3)
-    run = tiny(corpus, num_steps=4, evaluation=evaluation, checkpoint=CheckpointConfig(every=4, keep_best=2))
+    checkpoint = CheckpointConfig(every=2, keep_last=1, keep_best=1)
+    run = tiny(corpus, num_steps=4, evaluation=evaluation, checkpoint=checkpoint)
     batches = _asked_in_batch(monkeypatch, -1)
     assert train(run, str(tmp_path / "whole"), make_evaluate)
     in_all = len(batches)
@@ -222,12 +229,20 @@ def test_asked_to_stop_in_an_evaluation_it_saves_and_the_next_start_evaluates(tm
     batches = _asked_in_batch(monkeypatch, 4)
     assert not train(run, str(tmp_path / "asked"), make_evaluate)
     assert batches == [1, 2, 3, 4]
+    assert [metrics and metrics["nll"] for metrics in _compared(tmp_path / "asked").values()] == [
+        _lines(tmp_path / "whole", "validation")[0]["nll"],
+        None,
+    ]
+    # And in its second pass, over the batches by whose figures checkpoints are compared.
+    batches = _asked_in_batch(monkeypatch, in_all - 4)
+    assert not train(run, str(tmp_path / "asked"), make_evaluate)
+    assert _compared(tmp_path / "asked")[4] is None
     batches = _asked_in_batch(monkeypatch, -1)
     assert train(run, str(tmp_path / "asked"), make_evaluate)
     assert len(batches) == in_all - 3
     assert _lines(tmp_path / "asked", "validation") == _lines(tmp_path / "whole", "validation")
-    metrics = read_manifest(tmp_path / "asked" / "checkpoints" / "2")["metrics"]
-    assert metrics["nll"] == _lines(tmp_path / "whole", "validation")[0]["nll"]
+    assert _compared(tmp_path / "asked") == _compared(tmp_path / "whole")
+    assert list(_compared(tmp_path / "asked")) == [4]
 
 
 def _turn_read_only(monkeypatch, folder):
