@@ -316,4 +316,16 @@ def test_events_that_the_disk_does_not_take_wait_for_the_next_try(tmp_path, capl
     assert "events.jsonl cannot be written (No such file or directory)" in caplog.text
     (tmp_path / "gone").mkdir()
     events.write("slow", 2)
-    assert [event["step"] for event in read_events(tmp_path / "gone")] == [1, 2]
+    # A disk that takes the one half of two lines: nothing stands twice, and nothing torn.
+    size = (tmp_path / "gone" / "events.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 90, before[1]))
+    try:
+        events.write("slow", 3)
+        events.write("slow", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "gone" / "events.jsonl").stat().st_size == size + 90
+    events.write("slow", 5)
+    assert [event["step"] for event in read_events(tmp_path / "gone")] == [1, 2, 3, 4, 5]
+    assert "damaged" not in caplog.text
