@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from lm.config import UserError, say_first
 from lm.experiment import CheckpointConfig
 from lm.parallel import processes
-from lm.training.manifests import find_damage, free_name, probe, read_manifest, write_manifest
+from lm.training.manifests import add_metrics, find_damage, free_name, probe, read_manifest, write_manifest
 from lm.training.state import TrainState, Tree
 
 ITEMS = ("params", "average", "state", "data")
@@ -129,7 +129,8 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Starts saving and returns once the arrays are copied off the devices.
 
-        Where the disk does not allow it, says so and returns: the next save is the next try, and `wait` raises.
+        Where the disk does not allow it, says so and returns: the next save is the next try, and `wait` raises. A step
+        that is saved already, by a start that was stopped before it had evaluated, only gets its figures.
 
         Args:
           state: the train state; its step names the checkpoint.
@@ -139,6 +140,8 @@ class Checkpoints:
         self._settle()
         step = int(state.step)
         if step in self._steps:
+            processes.first(lambda: self._add(step, metrics or {}))
+            self._steps = self._agree_on_steps()
             return
         params, average, rest = _split(state)
         items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "state": ocp.args.StandardSave(rest)}
@@ -153,6 +156,10 @@ class Checkpoints:
         except Exception as error:  # of the disk, in many kinds; said by `_settle`
             self._save.trouble = _first_line(error)
             self._settle()
+
+    def _add(self, step: int, metrics: dict[str, float]) -> None:
+        if add_metrics(self.directory / str(step), metrics):
+            self._delete_old()
 
     def _settle(self) -> None:
         """Waits for the save under way; deletes what is not to be kept once the new one stands."""

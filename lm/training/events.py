@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import logging
 
-from lm.training.logging import read_log
+from lm.training.logging import append_lines, read_log
 
 
 class Events:
@@ -25,7 +25,7 @@ class Events:
         self._path = workdir / (f"events.{process}.jsonl" if process else "events.jsonl")
         self._lock = threading.Lock()
         # Lines that a full or read-only disk did not take yet.
-        self._waiting = ""
+        self._waiting = b""
 
     def write(self, kind: str, step: int, **facts: Any) -> None:
         """Adds a line.
@@ -38,15 +38,16 @@ class Events:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = json.dumps({"time": at, "kind": kind, "step": step, **facts})
         with self._lock:
-            self._waiting += line + "\n"
+            self._waiting += line.encode() + b"\n"
             try:
-                with self._path.open("a", encoding="utf-8") as file:
-                    file.write(self._waiting)
-                self._waiting = ""
+                # Unbuffered: what a full disk took a part of is not written twice.
+                with self._path.open("ab", buffering=0) as file:
+                    self._waiting, trouble = append_lines(file, self._waiting)
             except OSError as error:
-                logging.error(
-                    "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
-                )
+                trouble = error
+            if trouble:
+                why = trouble.strerror
+                logging.error("%s cannot be written (%s); its lines are kept and tried again", self._path, why)
 
 
 def read_events(workdir: pathlib.Path, kind: str | None = None) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 from absl import logging
 from tqdm import tqdm
 
+from lm.config import UserError
 from lm.experiment import LoggingConfig
 
 # What in a line of metrics.jsonl is no figure.
@@ -29,10 +30,29 @@ _SHOWN = 5
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a whole file or nothing: to a temporary name, then renamed."""
+    """Writes a whole file or nothing: to a temporary name, then renamed.
+
+    Raises:
+      OSError: the disk does not allow it; nothing is left behind.
+    """
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # of the same disk
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def append_lines(file: BinaryIO, waiting: bytes) -> tuple[bytes, OSError | None]:
+    """Appends lines to an unbuffered file; returns what the disk did not take, for the next try, and why."""
+    try:
+        while waiting:
+            waiting = waiting[file.write(waiting) :]
+    except OSError as error:
+        return waiting, error
+    return waiting, None
 
 
 def read_log(path: pathlib.Path, is_sound: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
@@ -128,6 +148,10 @@ class _EventFile:
             logging.error("tensorboard/ cannot be written (%s); this start writes no more of it", error.strerror)
 
 
+class LogError(UserError):
+    """The history of a run cannot be written."""
+
+
 class MetricsWriter:
     """Appends figures to metrics.jsonl and to a TensorBoard event file."""
 
@@ -138,6 +162,9 @@ class MetricsWriter:
           workdir: of the run; None writes nothing, as all processes but the first do.
           config: whether to write event files.
           first_step: number of updates done; later lines of an interrupted run are taken back.
+
+        Raises:
+          LogError: metrics.jsonl cannot be written.
         """
         self._file: BinaryIO | None = None
         # Lines that a full disk did not take yet.
@@ -147,7 +174,12 @@ class MetricsWriter:
         if workdir is None:
             return
         self._path = workdir / "metrics.jsonl"
-        self._file = self._reopen(lambda line: line["step"] <= first_step)
+        try:
+            self._file = self._reopen(lambda line: line["step"] <= first_step)
+        except OSError as error:
+            raise LogError(
+                f"{self._path} cannot be written ({error.strerror}); move it away, or mend the disk"
+            ) from error
         self._events = _EventFile(workdir, first_step) if config.tensorboard else None
 
     def _reopen(self, is_kept: Callable[[dict[str, Any]], bool]) -> BinaryIO:
@@ -159,13 +191,16 @@ class MetricsWriter:
     def take_back(self, step: int, split: str) -> None:
         """Takes back the line of a step that is measured again.
 
-        Where the disk does not allow it the line stays, before the new one.
+        Where the disk does not allow it, says so: the line stays, before the new one.
         """
         if self._file is None:
             return
-        with contextlib.suppress(OSError):
+        try:
             old, self._file = self._file, self._reopen(lambda line: (line["step"], line["split"]) != (step, split))
             old.close()
+        except OSError as error:
+            why = error.strerror
+            logging.error("%s: the old %s line of step %d could not be taken back (%s)", self._path, split, step, why)
 
     def write(self, step: int, split: str, values: Mapping[str, float], **notes: str) -> None:
         """Writes one line; figures that are not finite are written as strings, so that the file stays JSON.
@@ -181,28 +216,35 @@ class MetricsWriter:
         shown = {k: v if math.isfinite(v) else str(v) for k, v in values.items()}
         line = json.dumps({"step": step, "split": split, **notes, **shown}) + "\n"
         self._waiting += line.encode()
-        try:
-            if not self._path.exists():
-                # Deleted underneath: what is written now at least is kept.
-                old, self._file = self._file, self._path.open("ab", buffering=0)
-                old.close()
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
-            self._is_full = False
-        except OSError as error:
-            if not self._is_full:
-                self._is_full = True
-                logging.error(
-                    "%s cannot be written (%s); its lines are kept and tried again", self._path, error.strerror
-                )
+        trouble = self._append(self._file)
+        if trouble and not self._is_full:
+            logging.error("%s cannot be written (%s); its lines are kept and tried again", self._path, trouble.strerror)
+        self._is_full = trouble is not None
         if self._events is not None:
             self._events.write(step, split, values)
 
+    def _append(self, file: BinaryIO) -> OSError | None:
+        try:
+            if not self._path.exists():
+                # Deleted underneath: what is written now at least is kept.
+                self._file = self._path.open("ab", buffering=0)
+                file.close()
+                file = self._file
+        except OSError as error:
+            return error
+        self._waiting, trouble = append_lines(file, self._waiting)
+        return trouble
+
     def close(self) -> None:
-        """Flushes and closes both files."""
+        """Flushes and closes both files; says how many lines are lost."""
         if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.write(self._waiting)
+            self._waiting, trouble = append_lines(self._file, self._waiting)
+            if trouble:
+                lost = self._waiting.count(b"\n")
+                logging.error("%s: its last %d line(s) are lost (%s)", self._path, lost, trouble.strerror)
             self._file.close()
+            # A second close, as after a roll back that could not open the file anew, has nothing to do.
+            self._file = None
         if self._events is not None:
             self._events.close()
 

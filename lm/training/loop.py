@@ -38,7 +38,6 @@ from lm.training.diagnosis import find_first_bad
 from lm.training.events import Events
 from lm.training.health import Counters, Finished, Health, SickRunError, Verdict, read_saved
 from lm.training.logging import read_metrics
-from lm.training.manifests import add_metrics
 from lm.training.order import Detours, PassedOver, chain
 from lm.training.recorder import Recorder
 from lm.training.state import TrainState, Tree
@@ -138,8 +137,7 @@ class TrainLoop:
                 watchdog.watching(),
             ):
                 if self._owes_evaluation() and self._evaluate(box[0], whole=False):
-                    folder = self.checkpoints.directory / str(self.step)
-                    processes.first(lambda: add_metrics(folder, self._held_out[1]))
+                    self._save(box[0])
                 finished = self._run_steps(box) and self._evaluate(box[0], whole=True)
                 self._save(box[0])
                 self.checkpoints.wait()
@@ -302,13 +300,16 @@ class TrainLoop:
         """Returns the held-out figures, and keeps those by which checkpoints are compared."""
         params = state.params if state.average is None else state.average
         figures = self.evaluate(params, whole, self._stopping.check)
-        self._held_out = (self.step, figures)
+        compared = figures
         if whole and self.config.checkpoint.keep_best and self.config.evaluation.num_batches is not None:
             # Checkpoints are compared by the figures of the same batches.
-            self._held_out = (self.step, self.evaluate(params, False, self._stopping.check))
+            compared = self.evaluate(params, False, self._stopping.check)
+        # Only now: asked to stop between the two, the checkpoint has no figures until the next start measures both.
+        self._held_out = (self.step, compared)
         return figures
 
     def _save(self, state: TrainState) -> None:
+        """Saves the state; of one that is saved already, the held-out figures that it was saved without."""
         with self._timeline.phase("save"):
             states = [json.loads(text) for text in processes.gather(json.dumps(self.batches.get_state()))]
             whole = merge_states(list({state["first"]: state for state in states}.values()))

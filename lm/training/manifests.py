@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
 
+from absl import logging
+
 MANIFEST = "manifest.json"
 # Orbax completes these at the top of a checkpoint after the last moment at which a manifest can be written.
 _COMPLETED_LATER = ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST)
@@ -52,17 +54,28 @@ def _write(path: pathlib.Path, manifest: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def add_metrics(folder: pathlib.Path, metrics: dict[str, float]) -> None:
+def add_metrics(folder: pathlib.Path, metrics: dict[str, float]) -> bool:
     """Writes down the held-out figures of a checkpoint that was saved without, as when a run was asked to stop.
 
-    Where that cannot be done the checkpoint stays as it is.
+    Where that cannot be done it says so, and the checkpoint stays as it is.
+
+    Returns:
+      Whether they were written.
     """
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+    new = folder / f"{MANIFEST}.new"
+    try:
         manifest = read_manifest(folder)
-        if manifest is not None and metrics and not manifest.get("metrics"):
-            new = folder / f"{MANIFEST}.new"
-            _write(new, {**manifest, "metrics": metrics})
-            new.replace(folder / MANIFEST)
+        if manifest is None or not metrics or manifest.get("metrics"):
+            return False
+        _write(new, {**manifest, "metrics": metrics})
+        new.replace(folder / MANIFEST)
+    except (OSError, ValueError, RecursionError) as error:
+        with contextlib.suppress(OSError):  # of the same disk
+            new.unlink(missing_ok=True)
+        why = error.strerror if isinstance(error, OSError) else error
+        logging.warning("the held-out figures of %s could not be added to it (%s)", folder, why)
+        return False
+    return True
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:

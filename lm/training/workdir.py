@@ -39,7 +39,7 @@ def open_workdir(path: str) -> pathlib.Path:
     """Creates or reopens the folder of a run.
 
     Raises:
-      WorkdirError: it cannot be written to. ConfigError: it is no folder but an address.
+      WorkdirError: it cannot be written to, or not by a run. ConfigError: it is no folder but an address.
     """
     workdir = pathlib.Path(os.path.expanduser(program.folder(path, "--workdir"))).absolute()
     try:
@@ -49,6 +49,10 @@ def open_workdir(path: str) -> pathlib.Path:
         probe.unlink()
     except OSError as error:
         raise WorkdirError(f"--workdir: cannot write to {workdir}: {error.strerror or error}") from error
+    checkpoints = workdir / "checkpoints"
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        # Found out only at the first save otherwise, when steps have been made in vain.
+        raise WorkdirError(f"{checkpoints} is no folder, so no checkpoint could be saved; move it away")
     return workdir
 
 

@@ -199,6 +199,21 @@ def test_unwritable_workdir(call, source, tmp_path):
     assert "cannot write" in err
 
 
+def test_a_file_for_a_folder_and_a_folder_for_a_file(call, source, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    _write(run / "checkpoints", b"")
+    code, err, _ = call(*_tiny(source), f"--workdir={run}")
+    said = "is no folder, so no checkpoint could be saved; move it away"
+    assert (code, err) == (2, f"train: {run}/checkpoints {said}\n")
+    assert [path.name for path in run.iterdir()] == ["checkpoints"]
+    (run / "checkpoints").unlink()
+    (run / "metrics.jsonl").mkdir()
+    code, err, _ = call(*_tiny(source), f"--workdir={run}")
+    said = "cannot be written (Is a directory); move it away, or mend the disk"
+    assert (code, err) == (2, f"train: {run}/metrics.jsonl {said}\n")
+
+
 def test_another_config_is_refused_and_forced(call, source, tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     assert call(*_tiny(source), workdir)[0] == 0

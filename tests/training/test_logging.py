@@ -7,6 +7,7 @@ import resource
 import pytest
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from lm.config import UserError
 from lm.experiment import LoggingConfig
 from lm.training.logging import MetricsWriter, Progress, _duration, read_metrics
 
@@ -97,6 +98,33 @@ def test_lines_that_a_full_disk_does_not_take_wait_for_the_next_try(tmp_path, ca
     writer.write(4, "train", {"loss": 4.0})
     writer.close()
     assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_lines_that_a_full_disk_never_takes_are_counted(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, LoggingConfig(tensorboard=False), 0)
+    writer.write(1, "train", {"loss": 1.0})
+    writer.write(1, "validation", {"nll": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, before[1]))
+    try:
+        writer.take_back(1, "validation")
+        writer.write(1, "validation", {"nll": 2.0})
+        writer.write(2, "train", {"loss": 2.0})
+        writer.close()
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the old validation line of step 1 could not be taken back (File too large)" in caplog.text
+    assert caplog.text.count("its last 2 line(s) are lost (File too large)") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert [line["split"] for line in read_metrics(tmp_path / "metrics.jsonl")] == ["train", "validation"]
+
+
+def test_a_file_that_cannot_be_written_is_named_at_the_start(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(Is a directory\)"):
+        MetricsWriter(tmp_path, LoggingConfig(tensorboard=False), 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_process_that_is_not_the_first_writes_and_says_nothing(tmp_path, capfd):

@@ -206,9 +206,16 @@ def _asked_in_batch(monkeypatch, number):
     return batches
 
 
+def _compared(workdir):
+    """The saved steps, and the figures by which each is compared with the others."""
+    folders = sorted((workdir / "checkpoints").iterdir())
+    return {int(folder.name): read_manifest(folder)["metrics"] for folder in folders}
+
+
 def test_asked_to_stop_in_an_evaluation_it_saves_and_the_next_start_evaluates(tmp_path, corpus, monkeypatch):
     evaluation = EvaluationConfig(every=2, num_batches=3)
-    run = tiny(corpus, num_steps=4, evaluation=evaluation, checkpoint=CheckpointConfig(every=4, keep_best=2))
+    checkpoint = CheckpointConfig(every=2, keep_last=1, keep_best=1)
+    run = tiny(corpus, num_steps=4, evaluation=evaluation, checkpoint=checkpoint)
     batches = _asked_in_batch(monkeypatch, -1)
     assert train(run, str(tmp_path / "whole"), make_evaluate)
     in_all = len(batches)
@@ -222,12 +229,20 @@ def test_asked_to_stop_in_an_evaluation_it_saves_and_the_next_start_evaluates(tm
     batches = _asked_in_batch(monkeypatch, 4)
     assert not train(run, str(tmp_path / "asked"), make_evaluate)
     assert batches == [1, 2, 3, 4]
+    assert [metrics and metrics["nll"] for metrics in _compared(tmp_path / "asked").values()] == [
+        _lines(tmp_path / "whole", "validation")[0]["nll"],
+        None,
+    ]
+    # And in its second pass, over the batches by whose figures checkpoints are compared.
+    batches = _asked_in_batch(monkeypatch, in_all - 4)
+    assert not train(run, str(tmp_path / "asked"), make_evaluate)
+    assert _compared(tmp_path / "asked")[4] is None
     batches = _asked_in_batch(monkeypatch, -1)
     assert train(run, str(tmp_path / "asked"), make_evaluate)
     assert len(batches) == in_all - 3
     assert _lines(tmp_path / "asked", "validation") == _lines(tmp_path / "whole", "validation")
-    metrics = read_manifest(tmp_path / "asked" / "checkpoints" / "2")["metrics"]
-    assert metrics["nll"] == _lines(tmp_path / "whole", "validation")[0]["nll"]
+    assert _compared(tmp_path / "asked") == _compared(tmp_path / "whole")
+    assert list(_compared(tmp_path / "asked")) == [4]
 
 
 def _turn_read_only(monkeypatch, folder):
@@ -301,4 +316,16 @@ def test_events_that_the_disk_does_not_take_wait_for_the_next_try(tmp_path, capl
     assert "events.jsonl cannot be written (No such file or directory)" in caplog.text
     (tmp_path / "gone").mkdir()
     events.write("slow", 2)
-    assert [event["step"] for event in read_events(tmp_path / "gone")] == [1, 2]
+    # A disk that takes the one half of two lines: nothing stands twice, and nothing torn.
+    size = (tmp_path / "gone" / "events.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 90, before[1]))
+    try:
+        events.write("slow", 3)
+        events.write("slow", 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "gone" / "events.jsonl").stat().st_size == size + 90
+    events.write("slow", 5)
+    assert [event["step"] for event in read_events(tmp_path / "gone")] == [1, 2, 3, 4, 5]
+    assert "damaged" not in caplog.text

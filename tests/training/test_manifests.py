@@ -1,8 +1,11 @@
 """Manifests: any changed, missing or shortened file is found and named."""
 
+import errno
+import os
+
 import pytest
 
-from lm.training.manifests import MANIFEST, find_damage, read_manifest, write_manifest
+from lm.training.manifests import MANIFEST, add_metrics, find_damage, read_manifest, write_manifest
 
 FILES = {"params/d/a": b"weights" * 100, "params/empty": b"", "state/_METADATA": b"{}", "data/metadata": b'{"at": 1}'}
 
@@ -14,6 +17,21 @@ def folder(tmp_path):
         (tmp_path / name).write_bytes(data)
     write_manifest(tmp_path, {"step": 3})
     return tmp_path
+
+
+def test_figures_that_cannot_be_added_are_told_and_leave_nothing(folder, caplog, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert not add_metrics(folder, {"nll": 1.0})
+    assert "could not be added to it (No space left on device)" in caplog.text
+    assert not list(folder.glob("*.new"))
+    monkeypatch.undo()
+    assert add_metrics(folder, {"nll": 1.0})
+    assert not add_metrics(folder, {"nll": 2.0})
+    assert read_manifest(folder)["metrics"] == {"nll": 1.0}
+    assert find_damage(folder) is None
 
 
 def test_what_was_written_is_sound(folder):
