@@ -39,7 +39,7 @@ def _to_run(source: str, target: str) -> str:
         if problems := configs.check_types(experiment, Experiment):
             raise ConfigError("\n".join(problems))
         interop.copy_tokenizer(source, partial / "tokenizer")
-        save_config(partial, experiment, force_config=False)
+        save_config(partial, experiment)
         save_params(partial, interop.load_params(source, model))
     return f"{target}: a run of {type(model).__name__}, {model.num_parameters():,} parameters"
 

@@ -18,10 +18,11 @@ from absl import logging
 from orbax.checkpoint import options as orbax_options
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from lm.config import UserError, say_first
+from lm.config import ConfigError, UserError, say_first
 from lm.experiment import CheckpointConfig
 from lm.parallel import processes
 from lm.training.manifests import add_metrics, find_damage, free_name, probe, read_manifest, write_manifest
+from lm.training.misfits import find_change, find_misfits
 from lm.training.state import TrainState, Tree
 
 ITEMS = ("params", "average", "state", "data")
@@ -209,7 +210,8 @@ class Checkpoints:
           like: a state of ShapeDtypeStructs with the shardings to restore to, of any number of processes.
 
         Raises:
-          CheckpointError: there are checkpoints, but none can be read.
+          CheckpointError: there are checkpoints, but none can be read. ConfigError: the newest sound one is of another
+            config; nothing is renamed.
         """
         damaged: list[int] = []
         reasons: list[str] = []
@@ -236,6 +238,9 @@ class Checkpoints:
         Args:
           like: as in `restore`.
           before: the step.
+
+        Raises:
+          ConfigError: it is of another config.
         """
         self._settle()
         if before <= self._config.every:
@@ -259,9 +264,14 @@ class Checkpoints:
         self._steps = self._agree_on_steps()
 
     def _try(self, step: int, like: TrainState) -> tuple[Restored | None, str]:
-        """Reads a checkpoint; returns why not if any process cannot."""
-        found, reason = None, shared_damage(self.directory / str(step))
+        """Reads a checkpoint; returns why not if any process cannot, and raises if it is sound but does not fit."""
+        folder = self.directory / str(step)
+        found, reason, change = None, shared_damage(folder), ""
         if not reason:
+            with contextlib.suppress(Exception):  # metadata that cannot be read: the reading says so
+                change = find_change(folder, like)
+            if change := next(filter(None, processes.gather(change)), ""):
+                raise ConfigError(change)
             try:
                 found = Restored(step, *self._read(step, like), [])
             except Exception as error:  # Orbax and TensorStore raise many kinds; each is reported
@@ -359,7 +369,7 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
             try:
                 if damage := shared_damage(directory / str(candidate)):
                     raise CheckpointError(damage)
-                if misfits := _misfits(m.directory / str(candidate) / item, like):
+                if misfits := find_misfits(m.directory / str(candidate) / item, like):
                     reasons.append(f"that of step {candidate} {say_first(misfits)}")
                     continue
                 read = m.restore(candidate, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(like)}))
@@ -369,26 +379,6 @@ def restore_params(workdir: pathlib.Path, like: Tree, step: int | None = None) -
                 continue
             return candidate, read[item]
     raise CheckpointError(f"no checkpoint in {directory} fits this model: {'; '.join(reasons)}")
-
-
-def _misfits(item: Any, like: Tree) -> list[str]:
-    """Returns a clause for each parameter that a checkpoint's item lacks, has too much, or has in another shape."""
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        stored = handler.metadata(item).tree
-    theirs, ours = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (stored, like))
-    )
-    shapes = [(name, theirs.get(name), ours.get(name)) for name in [*ours, *[n for n in theirs if n not in ours]]]
-    return [_say_misfit(*each) for each in shapes if each[1] != each[2]]
-
-
-def _say_misfit(name: str, theirs: tuple[int, ...] | None, ours: tuple[int, ...] | None) -> str:
-    if theirs is None:
-        return f"lacks this model's parameter {name}"
-    if ours is None:
-        return f"holds the parameter {name}, which this model has not"
-    return f"holds the parameter {name} with shape {list(theirs)}, which in this model has {list(ours)}"
 
 
 def save_params(workdir: pathlib.Path, params: Tree) -> None:

@@ -45,7 +45,7 @@ from lm.training.step import means
 from lm.training.stopping import StoppedError, Stopping, stop_requested
 from lm.training.timeline import Timeline, age, read_seconds
 from lm.training.watchdog import Watchdog
-from lm.training.workdir import check_data, locked, open_workdir, read_starts, save_config, write_record
+from lm.training.workdir import check_config, check_data, locked, open_workdir, read_starts, save_config, write_record
 
 
 class Evaluate(Protocol):
@@ -353,7 +353,7 @@ def train(
             raise ConfigError(f"config.init_from: no directory {experiment.init_from}")
 
         def prepare() -> None:
-            save_config(folder, experiment, force_config=force_config)
+            check_config(folder, experiment, force_config=force_config)
             load_tokenizer(experiment.data.tokenizer, experiment.data, folder / "tokenizer")
 
         processes.first(prepare)
@@ -381,7 +381,7 @@ def train(
 
 
 def _record(loop: TrainLoop, force_config: bool) -> None:
-    """Writes this start down, unless the text is not what the run has read so far."""
+    """Writes this start and its config down, unless the text is not what the run has read so far."""
     data = fingerprint(loop.config.data)
     if loop.step:
         check_data(loop.workdir, data, force_config=force_config)
@@ -390,4 +390,5 @@ def _record(loop: TrainLoop, force_config: bool) -> None:
         "data_fingerprint": data,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(loop.assembly.state.params)),
     }
+    save_config(loop.workdir, loop.config)
     write_record(loop.workdir, loop.config, loop.assembly.device_mesh, facts)

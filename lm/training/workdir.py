@@ -56,49 +56,64 @@ def open_workdir(path: str) -> pathlib.Path:
     return workdir
 
 
-def save_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: bool) -> None:
-    """Saves the resolved config in a folder that is `locked`; of many processes only the first may.
+def check_config(workdir: pathlib.Path, experiment: Experiment, *, force_config: bool) -> None:
+    """Checks the resolved config against that of a folder that is `locked`; of many processes only the first may.
 
     A start that never came to a checkpoint (wrong data, a vocabulary too large) left nothing to protect: its config
-    and its tokenizer make way.
+    and its tokenizer make way at once. Beside checkpoints nothing is written: `save_config` does, once they are read.
 
     Args:
       workdir: the folder.
       experiment: the resolved config.
-      force_config: go on although the folder holds another config (which is kept as config.json.N).
+      force_config: go on although the folder holds another config.
 
     Raises:
       ConfigError: it holds checkpoints of another config; the message shows the differences. Or the tokenizer is
         to be another one, forced or not.
     """
-    file = workdir / "config.json"
-    new = configs.to_json(experiment)
-    if file.exists():
-        try:
-            old = _with_new_fields(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{file} is not a saved config ({error}); move it away to start anew") from error
-        changes = configs.differences(old, new)
-        untouched = not any((workdir / "checkpoints").glob("*"))
-        if changes and untouched:
+    old, changes = _compare(workdir, experiment)
+    if not _has_checkpoints(workdir):
+        if changes:
             shutil.rmtree(workdir / "tokenizer", ignore_errors=True)
-        elif changes and not force_config:
-            listed = "\n  ".join(changes)
-            raise ConfigError(
-                f"{workdir} holds a run with another config:\n  {listed}\n"
-                "Use another --workdir, or --force_config to go on in this one with the new config."
-            )
-        elif changes:
-            if old.get("data", {}).get("tokenizer") != new["data"]["tokenizer"]:
-                raise ConfigError(
-                    f"{workdir} holds weights trained with its own tokenizer, which cannot be exchanged; "
-                    "leave config.data.tokenizer as it was, or use another --workdir"
-                )
-            number = 1
-            while (workdir / f"config.json.{number}").exists():
-                number += 1
-            file.rename(workdir / f"config.json.{number}")
-    write_atomically(file, json.dumps(new, indent=2) + "\n")
+        save_config(workdir, experiment)
+    elif changes and not force_config:
+        listed = "\n  ".join(changes)
+        raise ConfigError(
+            f"{workdir} holds a run with another config:\n  {listed}\n"
+            "Use another --workdir, or --force_config to go on in this one with the new config."
+        )
+    elif changes and old.get("data", {}).get("tokenizer") != configs.to_json(experiment)["data"]["tokenizer"]:
+        raise ConfigError(
+            f"{workdir} holds weights trained with its own tokenizer, which cannot be exchanged; "
+            "leave config.data.tokenizer as it was, or use another --workdir"
+        )
+
+
+def save_config(workdir: pathlib.Path, experiment: Experiment) -> None:
+    """Saves the resolved config; another one, with which the folder's checkpoints were made, becomes config.json.N."""
+    file = workdir / "config.json"
+    if _compare(workdir, experiment)[1] and _has_checkpoints(workdir):
+        number = 1
+        while (workdir / f"config.json.{number}").exists():
+            number += 1
+        file.rename(workdir / f"config.json.{number}")
+    write_atomically(file, json.dumps(configs.to_json(experiment), indent=2) + "\n")
+
+
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+    return any((workdir / "checkpoints").glob("*"))
+
+
+def _compare(workdir: pathlib.Path, experiment: Experiment) -> tuple[Any, list[str]]:
+    """Returns the config that a folder holds, and in what this one differs; nothing where it holds none."""
+    file = workdir / "config.json"
+    if not file.exists():
+        return {}, []
+    try:
+        old = _with_new_fields(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not a saved config ({error}); move it away to start anew") from error
+    return old, configs.differences(old, configs.to_json(experiment))
 
 
 def _with_new_fields(saved: Any) -> Any:
