@@ -184,7 +184,7 @@ def _few_rows(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array
         return _product(plan, left, right)
     left = left.reshape(*shape[: len(batch)], rows, *left.shape[len(shape) :])
     widths = [(0, fewest - rows if axis == len(batch) else 0) for axis in range(left.ndim)]
-    # The first letter stands for all rows; a product without any has none to stand for it.
+    # A letter of its own stands for all rows: a product may have none, or several.
     row = next(letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter not in plan.left + plan.right)
     own = "".join(letter for letter in plan.right if letter not in plan.left)
     plan = dataclasses.replace(plan, left=batch + row + summed, result=batch + row + own)

@@ -2,7 +2,8 @@
 
 Owns the code of a number in [-1, 1] and the blocks. Tables and vectors keep float32 moments, as the paper
 has it (section 2.3). Laws: the largest element of a block is exact, every other one is off by at most half a step of
-its decade; codes have the shape of their parameter, so that they are divided over devices as it is.
+its decade; codes have the shape of their parameter, so that they are divided over devices as it is. Scales are so in
+every axis but that of the blocks, which is whole on every device.
 """
 
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from lm.optim.roles import Role
 
 # A last axis without a divisor from here up to the block's size is one block.
 SMALLEST_BLOCK = 32
+# Fields of the state whose leaves have a number for each block of a parameter's last axis.
+BLOCK_FIELDS = ("mean_scale", "root_scale")
 
 
 class QuantizedState(NamedTuple):
@@ -61,7 +64,10 @@ def decode(codes: jax.Array, num_bits: int) -> jax.Array:
 
 
 def block_size(length: int, most: int) -> int:
-    """Returns how many neighbours along an axis of `length` share a scale: the largest divisor up to `most`."""
+    """Returns how many neighbours along an axis of `length` share a scale.
+
+    That is the largest divisor from `SMALLEST_BLOCK` up to `most`, and `length` itself where there is none.
+    """
     found = next(size for size in range(min(most, length), 0, -1) if length % size == 0)
     return found if found >= min(SMALLEST_BLOCK, length) else length
 

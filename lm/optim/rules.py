@@ -62,7 +62,8 @@ class AdamW8Bit:
       b1: decay of the mean of the gradient.
       b2: decay of the mean of its square.
       epsilon: added to the root of the latter.
-      block: elements along a matrix's last axis that share a scale, or fewer, where it does not divide that axis.
+      block: most elements along a matrix's last axis that share a scale: the axis is cut into blocks of its largest
+        divisor from 32 up to this; where it has none, the whole axis is one block.
     """
 
     b1: float = 0.9

@@ -3,7 +3,8 @@
 Knows no model. Figures are of one jax device: dense bfloat16 FLOP/s, bytes and bytes/s, links in one direction. Of an
 unknown device nothing is claimed. Sources: Google Cloud's pages of TPU v4, v5e, v5p and v6e (the published
 interconnect of a chip is both directions together: half of it is sent); NVIDIA's data sheets of A100, H100, H200 and
-B200 and of the DGX systems built of them (NVLink likewise halved; one network adapter to each GPU).
+B200 and of the DGX systems built of them (NVLink likewise halved; one network adapter to each GPU). The host's link is
+that of the data sheets of A100 ("PCIe Gen4: 64 GB/s"), H100 and H200 ("PCIe Gen5: 128 GB/s"), halved too.
 """
 
 import dataclasses
@@ -89,6 +90,7 @@ class Hardware:
       memory: bytes.
       memory_bandwidth: bytes/s.
       links: how devices are joined.
+      host_link: bytes/s between a device and its host, in each direction; None where it is not published.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Hardware:
     memory: float
     memory_bandwidth: float
     links: Torus | Nodes
+    host_link: float | None = None
 
     def seconds(self, kind: str, axes: Sequence[str], size: float, sizes: Mapping[str, int]) -> float:
         """Returns how long a collective takes at full bandwidth on n devices; latency is not counted.
@@ -123,9 +126,9 @@ _ALL = (
     Hardware("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, Torus(200e9, 256, 3.125e9)),
     Hardware("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, Torus(600e9, 8960, 6.25e9)),
     Hardware("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, Torus(400e9, 256, 12.5e9)),
-    Hardware("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2039e9, Nodes(300e9, 8, 25e9)),
-    Hardware("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3350e9, Nodes(450e9, 8, 50e9)),
-    Hardware("h200", ("NVIDIA H200",), 989e12, 141e9, 4800e9, Nodes(450e9, 8, 50e9)),
+    Hardware("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2039e9, Nodes(300e9, 8, 25e9), 32e9),
+    Hardware("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3350e9, Nodes(450e9, 8, 50e9), 64e9),
+    Hardware("h200", ("NVIDIA H200",), 989e12, 141e9, 4800e9, Nodes(450e9, 8, 50e9), 64e9),
     Hardware("b200", ("NVIDIA B200",), 2250e12, 180e9, 8000e9, Nodes(900e9, 8, 50e9)),
 )
 HARDWARE: Mapping[str, Hardware] = {hardware.name: hardware for hardware in _ALL}

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from lm import parallel
 from lm.config import ConfigError
 from lm.experiment import Experiment
-from lm.scaling.step import describe_step
+from lm.scaling.step import describe_step, host_bytes
 
 # Names of TPU topologies: the kind and how many dimensions its torus has.
 DIMENSIONS = {"v4": 3, "v5p": 3, "v5e": 2, "v6e": 2}
@@ -43,7 +43,7 @@ class Compiled:
     """What XLA says of a compiled step, of each device.
 
     Attributes:
-      argument_bytes: state and batch.
+      argument_bytes: state and batch in the device's memory.
       output_bytes: new state and metrics.
       alias_bytes: outputs that take the place of arguments.
       temporary_bytes: what the step is given for a time; more than it needs where there is room.
@@ -51,6 +51,8 @@ class Compiled:
       flops: XLA's count of operations; the body of a loop counts once.
       collectives: by kind: how many, loops counted as often as they run, and the bytes of their results.
       seconds: that lowering and compiling took.
+      unseen_bytes: state of the host that the compiler, whose devices have one memory, took for an argument; it is in
+        no other figure, and what is fetched of it for the update is not in the temporaries.
     """
 
     argument_bytes: int
@@ -61,6 +63,7 @@ class Compiled:
     flops: float
     collectives: dict[str, parallel.Traffic]
     seconds: float
+    unseen_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -151,13 +154,16 @@ def compile_step(experiment: Experiment, mesh: Mesh) -> Compiled:
         raise ConfigError(f"XLA: the step does not fit: {str(error).partition(chr(10))[0]}") from error
     seconds = time.perf_counter() - start
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    # Of CPU devices the host's memory is their own: each of these figures counts what lies there.
+    unseen = max(host_bytes(step.assembly.state) - memory.host_argument_size_in_bytes, 0)
     return Compiled(
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes - unseen,
+        output_bytes=memory.output_size_in_bytes - unseen,
+        alias_bytes=memory.alias_size_in_bytes - unseen,
         temporary_bytes=memory.temp_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes - unseen,
         flops=float(costs.get("flops", math.nan)),
         collectives=parallel.count_collectives(compiled.as_text()),
         seconds=seconds,
+        unseen_bytes=unseen,
     )

@@ -28,7 +28,7 @@ KERNELS = (
 )
 
 # What is the same memory under another shape or name.
-VIEWS = ("reshape", "squeeze", "transpose", "copy", "stop_gradient", "sharding_constraint")
+VIEWS = ("reshape", "squeeze", "transpose", "copy", "stop_gradient", "sharding_constraint", "device_put")
 SLICES = ("dynamic_slice", "slice", "split")
 # What every reader makes for itself.
 REPEATED = ("broadcast_in_dim", "iota")

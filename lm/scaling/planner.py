@@ -12,7 +12,7 @@ from lm.experiment import Experiment
 from lm.models import accounting
 from lm.parallel.hardware import Hardware
 from lm.scaling.cost import Collective, Cost
-from lm.scaling.step import abstract_mesh, describe_step, local_bytes
+from lm.scaling.step import abstract_mesh, describe_step, host_bytes, local_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Plan:
       num_parameters: of the whole model.
       num_active_parameters: that one token meets.
       parameter_bytes: parameters, and their average if there is one.
-      optimizer_bytes: the optimizer's state.
+      optimizer_bytes: the optimizer's state in the device's memory between steps.
+      host_bytes: the optimizer's state of the device in its host's memory.
       gradient_bytes: gradients, which are float32 and divided as the optimizer's state is.
       batch_bytes: a step's batch.
       cost: the step's operations, memory traffic, peak of temporary memory and collectives.
@@ -42,6 +43,7 @@ class Plan:
     num_active_parameters: int
     parameter_bytes: int
     optimizer_bytes: int
+    host_bytes: int
     gradient_bytes: int
     batch_bytes: int
     cost: Cost
@@ -49,7 +51,7 @@ class Plan:
 
     @property
     def argument_bytes(self) -> int:
-        """What is there between steps, and the batch."""
+        """What is there between steps, and the batch; not what the host holds."""
         # The step counter and the key.
         return self.parameter_bytes + self.optimizer_bytes + self.batch_bytes
 
@@ -59,9 +61,19 @@ class Plan:
         return max(self.cost.peak - self.gradient_bytes, 0)
 
     @property
+    def update_bytes(self) -> int:
+        """What the update needs for a time: gradients, and all state that the host holds, fetched before it begins."""
+        return self.gradient_bytes + self.host_bytes
+
+    @property
+    def temporary_bytes(self) -> int:
+        """What the step needs for a time, at its fullest: in the backward pass or in the update."""
+        return max(self.cost.peak, self.update_bytes)
+
+    @property
     def total_bytes(self) -> int:
         """Memory at its fullest."""
-        return self.argument_bytes + max(self.cost.peak, self.gradient_bytes)
+        return self.argument_bytes + self.temporary_bytes
 
     @property
     def fits(self) -> bool:
@@ -79,9 +91,21 @@ class Plan:
         return self.cost.flops / self.hardware.flops
 
     @property
+    def traffic(self) -> float:
+        """Bytes through memory; what is fetched from the host is written there once more, and read to be sent back."""
+        return self.cost.traffic + 2 * self.host_bytes
+
+    @property
     def memory_seconds(self) -> float:
         """Bytes through memory over its bandwidth."""
-        return self.cost.traffic / self.hardware.memory_bandwidth
+        return self.traffic / self.hardware.memory_bandwidth
+
+    @property
+    def host_seconds(self) -> float | None:
+        """State of the host over the host's link, one way; None where the link's speed is not known."""
+        if not self.host_bytes:
+            return 0.0
+        return None if self.hardware.host_link is None else self.host_bytes / self.hardware.host_link
 
     @property
     def communication_seconds(self) -> float:
@@ -94,18 +118,22 @@ class Plan:
 
     @property
     def best_seconds(self) -> float:
-        """A step whose communication and memory traffic hide behind its products: max of the three."""
-        return max(self.compute_seconds, self.memory_seconds, self.communication_seconds)
+        """A step whose communication and memory traffic hide behind its products: max of these, and the host's link."""
+        return max(self.roof_seconds, self.memory_seconds)
 
     @property
     def roof_seconds(self) -> float:
-        """A step whose kernels keep attention scores and activations on the chip: max of products and communication."""
-        return max(self.compute_seconds, self.communication_seconds)
+        """A step whose kernels keep attention scores and activations on the chip: max of products and communication.
+
+        And of the host's link, of which both directions go at once.
+        """
+        return max(self.compute_seconds, self.communication_seconds, self.host_seconds or 0.0)
 
     @property
     def worst_seconds(self) -> float:
-        """A step that hides nothing: their sum."""
-        return self.compute_seconds + self.memory_seconds + self.communication_seconds
+        """A step that hides nothing: their sum, the host's link there and back."""
+        host = 2 * (self.host_seconds or 0.0)
+        return self.compute_seconds + self.memory_seconds + self.communication_seconds + host
 
     def utilization(self, seconds: float) -> float:
         """Returns model FLOP/s over the devices' peak for a step of that length."""
@@ -125,6 +153,7 @@ def make_plan(experiment: Experiment, num_devices: int, hardware: Hardware) -> P
     lengths = experiment.data.lengths
     per_token = model.flops_per_token(lengths.tokens, lengths.encoder)
     own = local_bytes(state.params)
+    on_host = host_bytes(state)
     return Plan(
         experiment=experiment,
         num_devices=num_devices,
@@ -133,7 +162,8 @@ def make_plan(experiment: Experiment, num_devices: int, hardware: Hardware) -> P
         num_parameters=accounting.num_parameters(parameters),
         num_active_parameters=accounting.num_active_parameters(parameters),
         parameter_bytes=own + local_bytes(state.average),
-        optimizer_bytes=local_bytes(state.opt_state),
+        optimizer_bytes=local_bytes(state.opt_state) - on_host,
+        host_bytes=on_host,
         gradient_bytes=local_bytes(step.gradients),
         batch_bytes=local_bytes(step.batch),
         cost=step.count(),

@@ -37,10 +37,19 @@ def _memory(plan: Plan) -> list[str]:
     chunk = "all at once" if experiment.loss.chunk is None else f"{experiment.loss.chunk} positions at a time"
     kept = {"none": "everything kept", "full": "inputs of layers kept"}.get(model.remat, f"{model.remat} kept")
     verdict = "fits" if plan.fits else "DOES NOT FIT"
+    host = []
+    if plan.host_bytes:
+        fullest = "the update" if plan.update_bytes > plan.cost.peak else "the backward pass"
+        host = [
+            f"  on the host      {amount(plan.host_bytes, 'B'):>10}  the optimizer's, fetched whole before the update:"
+            " it saves memory outside the update alone,",
+            f"{'':31}and none where XLA fetches it before the backward pass; {fullest} is the fullest",
+        ]
     return [
         "Memory of each device",
         f"  parameters       {amount(plan.parameter_bytes, 'B'):>10}",
         f"  optimizer        {amount(plan.optimizer_bytes, 'B'):>10}",
+        *host,
         f"  batch            {amount(plan.batch_bytes, 'B'):>10}",
         f"  gradients        {amount(plan.gradient_bytes, 'B'):>10}",
         f"  activations      {amount(plan.activation_bytes, 'B'):>10}  {kept}; logits {chunk}; {rows:,} rows at a time",
@@ -65,23 +74,35 @@ def _communication(plan: Plan) -> list[str]:
     return lines
 
 
+def _host_link(plan: Plan) -> list[str]:
+    seconds, link = plan.host_seconds, plan.hardware.host_link
+    if seconds == 0:
+        return []
+    moved = f"{amount(plan.host_bytes, 'B')} to the device and as much back"
+    if seconds is None or link is None:
+        return [f"  host's link         unknown  {moved}; how fast is not published, and not in the times below"]
+    return [f"  host's link      {duration(2 * seconds):>10}  {moved} / {amount(link, 'B/s')} each way"]
+
+
 def _time(plan: Plan) -> list[str]:
     hardware = plan.hardware
     fast, slow = plan.best_seconds, plan.worst_seconds
+    over, link = ("the three and the host's link", ", the host's link") if plan.host_seconds else ("the three", "")
     links = "a slice's links, shared by the mesh axes" if isinstance(hardware.links, Torus) else "NVLink in a node"
     return [
         f"Time of a step on {plan.num_devices:,} x {hardware.name}",
         f"  products         {duration(plan.compute_seconds):>10}  {amount(plan.cost.flops, 'FLOP')} (what is computed"
         f" again included) / {amount(hardware.flops, 'FLOP/s')}",
-        f"  memory           {duration(plan.memory_seconds):>10}  {amount(plan.cost.traffic, 'B')} read and written /"
+        f"  memory           {duration(plan.memory_seconds):>10}  {amount(plan.traffic, 'B')} read and written /"
         f" {amount(hardware.memory_bandwidth, 'B/s')}",
         f"  communication    {duration(plan.communication_seconds):>10}  sum of (n-1)/n bytes (all-reduce twice) /"
         f" up to {amount(hardware.links.send, 'B/s')} ({links})",
-        f"  roof             {duration(plan.roof_seconds):>10}  max of products and communication (kernels that keep"
-        f" attention scores on the chip): {plan.utilization(plan.roof_seconds):.1%} MFU",
-        f"  if all overlaps  {duration(fast):>10}  max of the three: {plan.utilization(fast):.1%} MFU,"
+        *_host_link(plan),
+        f"  roof             {duration(plan.roof_seconds):>10}  max of products{link} and communication (kernels that"
+        f" keep attention scores on the chip): {plan.utilization(plan.roof_seconds):.1%} MFU",
+        f"  if all overlaps  {duration(fast):>10}  max of {over}: {plan.utilization(fast):.1%} MFU,"
         f" {plan.tokens / fast / plan.num_devices:,.0f} tokens/s a device",
-        f"  if none does     {duration(slow):>10}  sum of the three: {plan.utilization(slow):.1%} MFU,"
+        f"  if none does     {duration(slow):>10}  sum of {over}: {plan.utilization(slow):.1%} MFU,"
         f" {plan.tokens / slow / plan.num_devices:,.0f} tokens/s a device",
     ]
 
@@ -119,14 +140,20 @@ def advise(plan: Plan, suggestion: Suggestion | None) -> str:
 
 def describe_compiled(found: Compiled, plan: Plan) -> str:
     """Returns what XLA says of the compiled step beside the plan's own figures."""
-    temporaries = max(plan.cost.peak, plan.gradient_bytes)
+    unseen = []
+    if found.unseen_bytes:
+        unseen = [
+            f"  on the host      {amount(found.unseen_bytes, 'B'):>10}  in none of these, nor what is fetched of it: a"
+            " CPU's two memories are one"
+        ]
     return "\n".join(
         [
             f"XLA's figures of each device (compiled in {found.seconds:.0f} s)",
             f"  arguments        {amount(found.argument_bytes, 'B'):>10}  planned {amount(plan.argument_bytes, 'B')}",
-            f"  temporaries      {amount(found.temporary_bytes, 'B'):>10}  planned {amount(temporaries, 'B')}",
+            f"  temporaries      {amount(found.temporary_bytes, 'B'):>10}  planned {amount(plan.temporary_bytes, 'B')}",
             f"  total            {amount(found.total_bytes, 'B'):>10}  planned {amount(plan.total_bytes, 'B')}",
             f"  most alive       {amount(found.peak_bytes, 'B'):>10}  of a TPU; a CPU's leaves out temporaries",
+            *unseen,
             f"  operations       {amount(found.flops, 'FLOP'):>10}  the body of each loop counted once",
             *(
                 f"  {kind:<18} {count:>7,} times {amount(size, 'B'):>10} of results"

@@ -19,7 +19,7 @@ from lm.scaling import program
 from lm.scaling.cost import Cost
 from lm.scaling.spread import Spec
 from lm.training.assembly import Assembly, check_batch_size, describe
-from lm.training.state import shardings_of
+from lm.training.state import HOST_MEMORY, shardings_of
 from lm.training.step import make_train_step
 
 ALWAYS = ("inputs", "targets", "weights", "segment_ids", "positions", "bidirectional")
@@ -103,6 +103,11 @@ def local_bytes(tree: Any) -> int:
         int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def host_bytes(tree: Any) -> int:
+    """Returns the bytes of one device's shards of those arrays that lie in its host's memory."""
+    return local_bytes([leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind == HOST_MEMORY])
 
 
 def describe_batch(experiment: Experiment, assembly: Assembly) -> Batch:

@@ -1,8 +1,8 @@
 """A thread that says where the program stands when it stands too long.
 
 Looks at a `Timeline` about once a second and writes nothing but reports; of many processes the first reports where each
-of them stands. Law: it never touches the devices, so it goes
-on when they hang, and it never ends the program: that is the launcher's decision.
+of them stands. Law: it never touches the devices, so it goes on when they hang, and it never ends the program: that is
+the launcher's decision.
 """
 
 import contextlib

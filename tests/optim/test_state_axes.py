@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lm.optim import Adafactor, build_optimizer, state_axes
+from lm.optim.quantized import QuantizedState
 from lm.parallel import DEFAULT_RULES, MeshConfig, build_mesh, spec
 
 from .test_rules import AXES, ROWS, config, random_tree, rows
@@ -56,10 +57,29 @@ def test_a_path_that_ends_another_path_is_not_confused():
     assert named == {"mu": axes}
 
 
-def test_a_leaf_that_fits_no_parameter_is_an_error():
-    params = {"b": jnp.zeros((2,))}
+@pytest.mark.parametrize("shape", [(5,), (6, 1), (3,), (0,)])
+def test_a_leaf_that_fits_no_parameter_is_an_error(shape):
+    params = {"b": jnp.zeros((6,))}
     with pytest.raises(ValueError, match="optimizer state"):
-        state_axes({"mu": {"b": jnp.zeros((5,))}}, params, {"b": ("norm",)})
+        state_axes({"mu": {"b": jnp.zeros(shape)}}, params, {"b": ("norm",)})
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((4, 2), True), ((4, 1), True), ((2, 2), False), ((4, 5), False)])
+def test_only_scales_of_codes_may_divide_an_axis_and_only_the_last(shape, fits):
+    params, axes = {"w": jnp.zeros((4, 64))}, {"w": ("embed", "mlp")}
+    moment, scale = {"w": jnp.zeros((4, 64))}, {"w": jnp.zeros(shape)}
+    state = QuantizedState(jnp.zeros([]), moment, moment, scale, scale)
+    if fits:
+        assert state_axes(state, params, axes).mean_scale == {"w": ("embed", None)}
+        return
+    with pytest.raises(ValueError, match=r"root_scale|mean_scale"):
+        state_axes(state, params, axes)
+
+
+def test_a_divisor_is_no_scale_under_another_field_or_a_parameters_name():
+    params = {"mean_scale": {"w": jnp.zeros((64,))}}
+    with pytest.raises(ValueError, match="optimizer state"):
+        state_axes({"mu": {"mean_scale": {"w": jnp.zeros((2,))}}}, params, {"mean_scale": {"w": ("mlp",)}})
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])

@@ -10,6 +10,7 @@ from lm.config import ConfigError
 from lm.parallel import MeshConfig, Pipeline, Sharding
 from lm.parallel.hardware import HARDWARE
 from lm.scaling import report
+from lm.scaling.compiled import compile_step
 from lm.scaling.planner import make_plan
 from lm.scaling.step import abstract_mesh, describe_step
 from lm.scaling.suggestions import suggest
@@ -108,6 +109,45 @@ def test_what_does_not_fit_is_mended():
     assert "It fits with --config." in report.advise(plan, suggestion)
     nothing = dataclasses.replace(V5P, memory=1e3)
     assert "use more devices" in report.advise(plan, suggest(experiment, 8, nothing, most=3))
+
+
+def test_state_on_the_host_is_no_argument_and_is_fetched_whole():
+    h100 = HARDWARE["h100"]
+    there = cases()["decoder on fsdp"]
+    here, host = (
+        make_plan(dataclasses.replace(there, sharding=Sharding(optimizer_on_host=on)), 8, h100) for on in (False, True)
+    )
+    # The counts of updates alone stay.
+    assert 0 < host.optimizer_bytes <= 16
+    assert host.host_bytes == here.optimizer_bytes - host.optimizer_bytes
+    assert host.argument_bytes == here.argument_bytes - host.host_bytes
+    assert here.host_bytes == here.host_seconds == 0
+    assert host.update_bytes == here.gradient_bytes + host.host_bytes
+    # Here activations are the fullest, so that all of it is saved; where they are small, nothing is.
+    assert host.total_bytes == here.total_bytes - host.host_bytes
+    small, large = (dataclasses.replace(p, cost=dataclasses.replace(p.cost, peak=0)) for p in (host, here))
+    assert small.total_bytes == large.total_bytes
+    assert host.host_seconds == host.host_bytes / 64e9
+    assert host.worst_seconds == pytest.approx(
+        here.worst_seconds + 2 * host.host_bytes / 64e9 + 2 * host.host_bytes / h100.memory_bandwidth
+    )
+    assert host.best_seconds >= host.host_bytes / 64e9
+    said = report.describe(host)
+    assert "on the host" in said
+    assert "to the device and as much back / 64 GB/s each way" in said
+    assert "host" not in report.describe(here)
+    assert "unknown" in report.describe(dataclasses.replace(host, hardware=V5P))
+
+
+def test_xlas_arguments_leave_out_what_the_host_holds():
+    experiment = dataclasses.replace(cases()["decoder on fsdp"], sharding=Sharding(optimizer_on_host=True))
+    plan = make_plan(experiment, 8, V5P)
+    found = compile_step(experiment, parallel.build_mesh(experiment.mesh))
+    assert found.unseen_bytes == plan.host_bytes
+    # What the model does not read of the batch is no argument.
+    assert 0 <= plan.argument_bytes + 12 - found.argument_bytes <= plan.batch_bytes
+    assert found.output_bytes - found.alias_bytes < 1024
+    assert "on the host" in report.describe_compiled(found, plan)
 
 
 def test_a_mesh_that_does_not_fit_is_one_sentence():
