@@ -578,7 +578,7 @@ def test_reboot_is_no_failure(cloud):
     cloud.ends("hang", "0")
     arguments = cloud.arguments("--max_failures=1")
     with subprocess.Popen(arguments, env=cloud.environment, stderr=subprocess.PIPE, text=True) as launcher:
-        _wait_for(cloud.here / "count.0")
+        _wait_for_command(cloud)
         pid_file = cloud.here / "0/lm-run/pid"
         pid = pid_file.read_text().split()[0]
         os.killpg(int(pid), signal.SIGKILL)
@@ -588,12 +588,14 @@ def test_reboot_is_no_failure(cloud):
     assert "a worker restarted" in error
 
 
-def _wait_for(path):
-    for _ in range(600):
-        if path.exists() and path.read_text().strip():
-            return path
+def _wait_for_command(cloud):
+    """Waits until the command runs and its worker has noted which process it is."""
+    wanted = (cloud.here / "count.0", cloud.here / "0/lm-run/pid")
+    for _ in range(1500):
+        if all(path.exists() and path.read_text().strip() for path in wanted):
+            return
         signal.sigtimedwait([], 0.02)
-    raise AssertionError(f"{path} never came")
+    raise AssertionError(f"none of {wanted} came")
 
 
 def test_launcher_that_dies_leaves_the_command_and_the_next_one_attaches(cloud):
@@ -601,7 +603,7 @@ def test_launcher_that_dies_leaves_the_command_and_the_next_one_attaches(cloud):
     cloud.ends("hang")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(cloud.arguments(), env=cloud.environment, start_new_session=True, **quiet) as launcher:
-        _wait_for(cloud.here / "count.0")
+        _wait_for_command(cloud)
         os.killpg(launcher.pid, signal.SIGKILL)
     scps = cloud.count("scp")
     other = cloud.launch(command=["another"])
@@ -622,7 +624,7 @@ def test_command_that_does_not_stop_is_killed(cloud):
     cloud.say(slice="READY")
     cloud.ends("stubborn")
     with subprocess.Popen(cloud.arguments(), env=cloud.environment, stderr=subprocess.DEVNULL) as launcher:
-        _wait_for(cloud.here / "count.0")
+        _wait_for_command(cloud)
         assert cloud.launch("--stop", "--grace_seconds=0", command=[]).returncode == 0
         assert launcher.wait(30) == 75
     assert (cloud.here / "0/lm-run/status").read_text() == "137\n"
