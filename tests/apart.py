@@ -21,11 +21,13 @@ REPORTS = "LM_TESTS_REPORTS"
 
 
 # Chosen so that both processes take equally long.
-ROOMS = ("interop", "scaling")
+ROOMS = ("interop", "scaling", "decoding", "evaluation", "benchmarks", "test_cells.py", "test_presets.py")
 
 
 def is_apart(item):
-    return item.get_closest_marker("system") is not None or item.path.parent.name in ROOMS
+    return item.get_closest_marker("system") is not None or not {item.path.parent.name, item.path.name}.isdisjoint(
+        ROOMS
+    )
 
 
 class Second:
