@@ -279,7 +279,7 @@ class Soak:
     plan: list[tuple[str, str]]
     rng: random.Random
     say: Callable[[str], None]
-    steps_per_kill: int = 40
+    steps_per_kill: int = 160
     missed: int = 0
 
     def __post_init__(self) -> None:
