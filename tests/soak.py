@@ -5,15 +5,14 @@ python -m tests.soak --kills=25 --seed=0
 Runs real processes and kills them with SIGKILL, SIGTERM, SIGSTOP and then SIGKILL, or SIGTERM and then SIGKILL before
 the save may be done: during compilation, a step, an evaluation, the write of a checkpoint, its commit, its deletion,
 right after a resume (so also twice in a row); of two processes one. A moment is hit if it still shows once all
-processes stand still; one that is missed is tried again and not counted. At the end the whole loss history, the
+processes stand still; one that is missed is tried again, after another start if it comes once a start, and not
+counted. At the end the whole loss history, the
 parameters, the optimizer's state, the data iterator's state and the hash of all examples read must equal those of a run
 that was left alone. Two runs go side by side.
 """
 
 import collections
 import dataclasses
-import json
-import os
 import pathlib
 import random
 import shutil
@@ -26,11 +25,10 @@ from concurrent import futures
 
 from absl import app, flags, logging
 
+from tests.moments import EVERY, LIMIT, MOMENTS, Hunt, Watched, let_go_on
 from tests.system import experiments, runs
 
-EVERY = 10  # steps between checkpoints, and between evaluations
 PREEMPTED = 75
-LIMIT = 900.0  # seconds after which a process counts as hung
 LANES = 2  # runs side by side
 
 
@@ -62,99 +60,6 @@ class Kill:
     saved: bool
 
 
-class Watched:
-    """What a workdir shows of the start of a run that is about to be made."""
-
-    def __init__(self, workdir: pathlib.Path) -> None:
-        self._log, self._record, self._checkpoints = (
-            workdir / "metrics.jsonl",
-            workdir / "run.json",
-            workdir / "checkpoints",
-        )
-        self._starts_before = self._starts()
-        self._log_before = self._inode(self._log)
-        self._folders_before = set(self._folders())
-        self.first_step = -1
-        self.step = self.evaluated = 0
-
-    @staticmethod
-    def _inode(path: pathlib.Path) -> int:
-        try:
-            return path.stat().st_ino
-        except OSError:
-            return 0
-
-    def _starts(self) -> list[dict]:
-        return json.loads(self._record.read_text())["starts"] if self._record.exists() else []
-
-    def _folders(self) -> dict[tuple[str, int], str]:
-        try:
-            return {(entry.name, entry.inode()): entry.path for entry in os.scandir(self._checkpoints)}
-        except OSError:
-            return {}
-
-    def look(self) -> None:
-        """Reads how far the run has come; of a start that has not begun yet, the last one's."""
-        if self.first_step < 0:
-            starts = self._starts()
-            if len(starts) > len(self._starts_before):
-                self.first_step = self.step = starts[-1]["from_step"]
-        # The log is written anew once a start begins.
-        if self.first_step < 0 or self._inode(self._log) in (0, self._log_before):
-            return
-        with self._log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 20_000))
-            lines = file.read().split(b"\n")[:-1]
-        for line in lines[1:] if len(lines) > 1 else lines:
-            found = json.loads(line)
-            if found["split"] == "train":
-                self.step = found["step"]
-            else:
-                self.evaluated = found["step"]
-
-    def last_step(self) -> int:
-        """Returns the last step in the log, of whichever start."""
-        lines = self._log.read_bytes().split(b"\n")[:-1] if self._log.exists() else []
-        return max((json.loads(line)["step"] for line in lines[-3:]), default=0)
-
-    @property
-    def has_begun(self) -> bool:
-        return self.first_step >= 0
-
-    @property
-    def steps_done(self) -> int:
-        return self.step - self.first_step if self.has_begun else 0
-
-    def folders(self, *, ending: str = "", holding: str = "") -> list[str]:
-        """Returns the folders of this start among the checkpoints."""
-        new = {key: path for key, path in self._folders().items() if key not in self._folders_before}
-        return [
-            path
-            for (name, _), path in new.items()
-            if ((name.endswith(ending) and name[0].isdecimal()) if ending else ".orbax-checkpoint-tmp" in name)
-            and (not holding or os.path.exists(f"{path}/{holding}"))
-        ]
-
-    def has_saved(self) -> bool:
-        return any(name.isdecimal() for name, _ in set(self._folders()) - self._folders_before)
-
-
-# Each returns whether the moment is now: (what is seen, the first step at which it may be).
-MOMENTS: dict[str, Callable[[Watched, int], bool]] = {
-    "compilation": lambda seen, step: seen.has_begun and seen.steps_done == 0,
-    "resume": lambda seen, step: 1 <= seen.steps_done <= 3,
-    "step": lambda seen, step: seen.step >= step and seen.step % EVERY != 0,
-    "evaluation": lambda seen, step: seen.step >= step and seen.step % EVERY == 0 and seen.evaluated < seen.step,
-    "write": lambda seen, step: seen.step >= step and bool(seen.folders()),
-    "commit": lambda seen, step: seen.step >= step and bool(seen.folders(holding="manifest.json")),
-    "deletion": lambda seen, step: seen.step >= step and bool(seen.folders(ending=".deleted")),
-}
-# Longest random delay in seconds after a moment has come, so that kills fall into every part of it.
-DELAYS = {"compilation": 1.5, "step": 0.02, "evaluation": 0.1, "write": 0.05, "commit": 0.002, "deletion": 0.0005}
-# Over in a millisecond, where no look may be missed; they come with a checkpoint.
-SHORT = ("commit", "deletion", "resume")
-
-
 def _start(case: Case, arguments: list[str], root: pathlib.Path = runs.ROOT) -> list[subprocess.Popen]:
     if case.processes == 1:
         return [runs.start("lm.train", *arguments, root=root)]
@@ -172,29 +77,12 @@ def _finish(processes: list[subprocess.Popen]) -> None:
         raise AssertionError(f"exit statuses {[code for code, _, _ in ended]}:\n{ended[0][2][-3000:]}")
 
 
-def _halt(process: subprocess.Popen) -> bool:
-    """Stops a process and returns once it stands still; False if it has ended."""
-    if process.poll() is not None:
-        return False
-    process.send_signal(signal.SIGSTOP)
-    _, status = os.waitpid(process.pid, os.WUNTRACED)
-    if os.WIFSTOPPED(status):
-        return True
-    process.returncode = os.waitstatus_to_exitcode(status)
-    return False
-
-
-def _go_on(processes: Iterable[subprocess.Popen]) -> None:
-    for process in processes:
-        process.send_signal(signal.SIGCONT)
-
-
 def _strike(processes: list[subprocess.Popen], victim: int, kind: str, rng: random.Random) -> list[int]:
     """Kills one of the processes, which stand still, and then the others as a launcher does; returns the statuses."""
     one, others = processes[victim], [process for number, process in enumerate(processes) if number != victim]
     first, _, then = kind.partition(", ")
     one.send_signal(signal.Signals[first])
-    _go_on(others if first == "SIGSTOP" else processes)
+    let_go_on(others if first == "SIGSTOP" else processes)
     if first == "SIGTERM" and not then:
         # All agree on the step, and each ends by itself.
         ended = [runs.finish(process, LIMIT) for process in processes]
@@ -211,30 +99,6 @@ def _strike(processes: list[subprocess.Popen], victim: int, kind: str, rng: rand
     for process in others:
         process.kill()
     return [runs.finish(process)[0] for process in processes]
-
-
-def _hit(processes: list[subprocess.Popen], seen: Watched, moment: str, step: int, rng: random.Random) -> int | None:
-    """Halts the processes inside a moment; returns how often it was missed before, None if the run ended first."""
-    missed, delay, deadline = 0, DELAYS.get(moment, 0.005), time.monotonic() + LIMIT
-    while True:
-        seen.look()
-        if not MOMENTS[moment](seen, step):
-            if any(process.poll() is not None for process in processes):
-                return None
-            if time.monotonic() > deadline:
-                raise AssertionError(f"neither the moment nor the end came in {LIMIT} s")
-            near = moment in SHORT and seen.has_begun and (seen.step + 2) % EVERY <= 3
-            time.sleep(0 if near else 0.002)
-            continue
-        time.sleep(rng.uniform(0.0, delay))
-        stand = [_halt(process) for process in processes]
-        seen.look()
-        if all(stand) and MOMENTS[moment](seen, step):
-            return missed
-        _go_on(process for process, stands in zip(processes, stand, strict=True) if stands)
-        if not all(stand):
-            return None
-        missed, delay = missed + 1, delay / 2
 
 
 def _compare(whole: pathlib.Path, broken: pathlib.Path, num_steps: int) -> None:
@@ -278,7 +142,7 @@ class Soak:
     plan: list[tuple[str, str]]
     rng: random.Random
     say: Callable[[str], None]
-    steps_per_kill: int = 160
+    steps_per_kill: int = 60
     missed: int = 0
 
     def __post_init__(self) -> None:
@@ -302,25 +166,37 @@ class Soak:
         """Makes the other run, killing it as planned; returns what was hit, which is less if the run ends before."""
         done: list[Kill] = []
         for moment, kind in self.plan:
+            step = Watched(self.folder / "broken").last_step() + self.rng.randrange(1, EVERY + 3)
+            kill = self._kill(Hunt(moment, step, self.rng), kind)
+            if kill is None:
+                self.say(f"{self.case.name}: ended before {moment} was hit")
+                break
+            done.append(kill)
+        _finish(_start(self.case, self._broken))
+        return done
+
+    def _kill(self, hunt: Hunt, kind: str) -> Kill | None:
+        """Kills the run in a moment, starting it as often as that takes; None if the run ended first."""
+        while True:
             seen = Watched(self.folder / "broken")
-            step = seen.last_step() + self.rng.randrange(1, EVERY + 3)
             processes = _start(self.case, self._broken)
             try:
-                missed = _hit(processes, seen, moment, step, self.rng)
-                if missed is None:
+                outcome = hunt.hit(processes, seen)
+                if outcome == "ended":
                     _finish(processes)
-                    self.say(f"{self.case.name}: ended before {moment} was hit")
-                    break
-                self.missed += missed
-                done.append(Kill(self.case.name, moment, kind, seen.has_saved()))
-                victim = self.rng.randrange(self.case.processes)
-                codes = _strike(processes, victim, kind, self.rng)
+                    return None
+                if outcome == "hit":
+                    kill = Kill(self.case.name, hunt.moment, kind, seen.has_saved())
+                    victim = self.rng.randrange(self.case.processes)
+                    codes = _strike(processes, victim, kind, self.rng)
+                    self.missed += hunt.missed
+                    where = f"of process {victim} in {hunt.moment} at step {seen.step}"
+                    self.say(f"{self.case.name}: {kind} {where}: exit {codes}")
+                    return kill
             finally:
                 for process in processes:
                     process.kill()
-            self.say(f"{self.case.name}: {kind} of process {victim} in {moment} at step {seen.step}: exit {codes}")
-        _finish(_start(self.case, self._broken))
-        return done
+                    process.wait()
 
     def compare(self) -> None:
         """Raises unless both runs are the same, bit for bit."""
@@ -369,7 +245,7 @@ def main(_: list[str]) -> None:
         f"{sum(soak.missed for soak in soaks)} moments missed and tried again; seed {seed}"
     )
     if len(done) < kills:
-        print(f"only {len(done)} of {kills} kills: the runs in {folder} ended before")
+        raise AssertionError(f"only {len(done)} of {kills} kills: the runs in {folder} ended before")
     if _FOLDER.value is None:
         shutil.rmtree(folder)
 

@@ -9,7 +9,7 @@ from concurrent import futures
 
 import pytest
 
-from tests import soak
+from tests import moments, soak
 from tests.system.runs import ROOT
 
 pytestmark = pytest.mark.system
@@ -30,6 +30,20 @@ def test_three_kills_change_no_bit_nor_does_another_installation(tmp_path):
     assert start["argv"][0] == str(tmp_path / "copy" / "lm" / "train.py")
     assert any((tmp_path / "cache").iterdir())
     case.compare()
+
+
+def test_a_start_that_is_through_a_moment_already_is_given_up(tmp_path):
+    """A moment that comes once a start is not waited for until the run's end."""
+
+    class Running:
+        def poll(self) -> None:
+            return None
+
+    seen = moments.Watched(tmp_path)
+    seen.first_step, seen.step = 30, 41
+    hunt = moments.Hunt("compilation", 0, random.Random(0))
+    assert hunt.hit([Running()], seen) == "passed"  # type: ignore[list-item]  # only asked whether it runs
+    assert hunt.missed == 1
 
 
 @pytest.mark.slow
