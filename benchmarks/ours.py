@@ -104,6 +104,7 @@ def make_step(model: Transformer, rows: Rows, chunk: int | None = None, rule: An
 
 def train_work(model: Transformer, rows: Rows, folder: str | None) -> Work:
     """Makes the train step; writes the first weights to `folder` for the peers that start from them."""
+    parallel.keep_freed_memory()  # as the train loop does
     box: list[Step] = []
 
     def step() -> float:
@@ -113,8 +114,6 @@ def train_work(model: Transformer, rows: Rows, folder: str | None) -> Work:
 
     if folder is not None:
         save_first_weights(model, folder)
-    if jax.default_backend() == "cpu":  # as the train loop does
-        parallel.keep_freed_memory()
     return Work({"step": step}, matmul(model.dtype), memory())
 
 
@@ -131,6 +130,7 @@ def save_first_weights(model: Transformer, folder: str | None) -> Any:
 
 def generate_work(model: Transformer, rows: Rows, new_tokens: int, folder: str | None) -> Work:
     """Makes greedy generation: the prompt with its first token; and with `new_tokens` more after it."""
+    parallel.keep_freed_memory()
     built, params = arrange(model.build(), save_first_weights(model, folder))
     prompts = pad_prompts(list(rows.tokens("inputs")), smallest=rows.length)
     mesh = parallel.build_mesh(parallel.MeshConfig(), jax.devices()[:1])

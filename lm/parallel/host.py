@@ -5,16 +5,23 @@ Knows no array and no mesh. Law: changes how fast memory is had, never what is i
 
 import ctypes
 
+import jax
+
 # Names of <malloc.h>: how much may lie free at the heap's end, and how many blocks may be mapped on their own.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Tells the C library to keep the memory that it is given back; returns whether there is one that can be told.
+    """Has the C library keep the memory that it is given back, where jax computes on CPUs; returns whether it will.
 
-    A program on a CPU takes its temporaries when it starts and gives them back when it ends. The C library returns
-    such large blocks to the system, which hands out zeroed pages again for the next step, one fault each: a fifth of a
-    small step's time. Kept memory stays with the process until it ends.
+    To be called before jax's devices are used. A program on a CPU takes its temporaries when it starts and gives them
+    back when it ends. The C library returns such large blocks to the system, which hands out zeroed pages again for the
+    next step, one fault each: a fifth of a step's time. Kept memory stays with the process until it ends.
+
+    Only the heap of the main thread can be told, so programs are to start there and not in a thread of jax's.
     """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     tell = getattr(ctypes.CDLL(None), "mallopt", None)
-    return tell is not None and all([tell(_M_MMAP_MAX, 0), tell(_M_TRIM_THRESHOLD, 2**31 - 1)])
+    if jax.default_backend() != "cpu" or tell is None:
+        return False
+    return all([tell(_M_MMAP_MAX, 0), tell(_M_TRIM_THRESHOLD, -1)])

@@ -99,8 +99,12 @@ class Assembly:
             return make(np.asarray(self.experiment.seed, np.int32))
 
 
-def use_compilation_cache(directory: str | None) -> None:
-    """Turns on jax's persistent compilation cache; where it cannot be written, says so and compiles every time."""
+def set_up_jax(directory: str | None) -> None:
+    """Tells jax how to run, before its devices are used: memory is kept, and programs too, in `directory` if any.
+
+    Where the compilation cache cannot be written, says so and compiles every time.
+    """
+    parallel.keep_freed_memory()
     if directory is None:
         return
     path = os.path.expanduser(directory)
@@ -249,7 +253,7 @@ def load_run(workdir: str, step: int | None = None, experiment: Experiment | Non
     path = pathlib.Path(os.path.expanduser(workdir))
     if experiment is None:
         experiment = dataclasses.replace(read_config(path), mesh=parallel.MeshConfig(data=1, fsdp=-1))
-    use_compilation_cache(experiment.compilation_cache)
+    set_up_jax(experiment.compilation_cache)
     tokenizer = load_tokenizer(experiment.data.tokenizer, None, path / "tokenizer")
     assembly = assemble(experiment, tokenizer)
     step, params = restore_params(path, assembly.state.params, step)

@@ -31,7 +31,7 @@ from lm.training.assembly import (
     assemble,
     check_batch_size,
     first_params,
-    use_compilation_cache,
+    set_up_jax,
 )
 from lm.training.checkpoints import Checkpoints, Restored
 from lm.training.diagnosis import find_first_bad
@@ -93,8 +93,6 @@ class TrainLoop:
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
         on_cpu = parallel.platform_of(assembly.mesh) == "cpu"
         self._one_at_a_time = on_cpu and assembly.mesh.size > 1
-        if on_cpu:
-            parallel.keep_freed_memory()
 
     def restore(self) -> TrainState:
         """Returns the newest sound state, or the first one; sets the data and the counters to match."""
@@ -345,7 +343,7 @@ def train(
     """
     experiment.validate()
     timeline = Timeline(experiment.health.slow_factor)
-    use_compilation_cache(experiment.compilation_cache)
+    set_up_jax(experiment.compilation_cache)
     folder = open_workdir(workdir)
     with stop_requested() as asked, processes.first_holds(locked(folder, take_over=take_over)):
         # Only a first start reads it: a run goes on when the folder it came from is gone.
