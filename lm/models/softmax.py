@@ -47,7 +47,8 @@ def _forward(
     largest_BKGT1 = jnp.max(scores_BKGTS, axis=-1, keepdims=True)
     weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
     total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
-    out_BKGTH = contract("BKGTS,BSKH->BKGTH", weights_BKGTS / total_BKGT1, v_BSKH, q_BTKGH.dtype)
+    # Divided after the product: of T times H numbers, not of T times S.
+    out_BKGTH = contract("BKGTS,BSKH->BKGTH", weights_BKGTS, v_BSKH, q_BTKGH.dtype) / total_BKGT1
     normalizer_BKGT1 = largest_BKGT1 + jnp.log(total_BKGT1)
     return out_BKGTH, (q_BTKGH, k_BSKH, v_BSKH, allowed_BTS, out_BKGTH, normalizer_BKGT1)
 

@@ -41,12 +41,10 @@ class TokenLosses(NamedTuple):
 def reduce_vocabulary(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, ...]:
     """Reduces f32 logits to logZ, the target's logit, the largest and the sum of all, each f32[B, T].
 
-    The gradient is one pass over the logits and keeps nothing of their size but themselves (derived
-    step by step it would keep three). The largest one has no gradient.
+    The gradient is one pass over one array of the logits' size (derived step by step it would keep three). The
+    largest one has no gradient.
     """
-    largest_BT = jnp.max(logits_BTV, axis=-1)
-    normalizer_BT = largest_BT + jnp.log(jnp.sum(jnp.exp(logits_BTV - largest_BT[..., None]), axis=-1))
-    return normalizer_BT, _target_logit(logits_BTV, targets_BT), largest_BT, jnp.sum(logits_BTV, axis=-1)
+    return _reduce_forward(logits_BTV, targets_BT)[0]
 
 
 def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -64,15 +62,36 @@ def _target_logit(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
 
 
 def _reduce_forward(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[tuple[jax.Array, ...], Any]:
-    reduced = reduce_vocabulary(logits_BTV, targets_BT)
-    return reduced, (logits_BTV, targets_BT, reduced[0])
+    largest_BT = jnp.max(logits_BTV, axis=-1)
+    exponentials_BTV = jnp.exp(logits_BTV - largest_BT[..., None])
+    total_BT = jnp.sum(exponentials_BTV, axis=-1)
+    normalizer_BT = largest_BT + jnp.log(total_BT)
+    # An accelerator computes the exponentials again rather than write them down; XLA:CPU does not vectorize them well
+    # where they are rounded to bfloat16 on the way, and sums them in one thread unless they are an array.
+    kept_BTV, scale_BT = by_platform(
+        logits_BTV,
+        normalizer_BT,
+        exponentials_BTV,
+        total_BT,
+        cpu=lambda _, __, exponentials, total: (exponentials, 1.0 / total),
+        default=lambda logits, normalizer, _, __: (logits, normalizer),
+    )
+    reduced = normalizer_BT, _target_logit(logits_BTV, targets_BT), largest_BT, jnp.sum(logits_BTV, axis=-1)
+    return reduced, (kept_BTV, scale_BT, targets_BT)
 
 
 def _reduce_backward(saved: Any, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-    logits_BTV, targets_BT, normalizer_BT = saved
+    kept_BTV, scale_BT, targets_BT = saved
     to_normalizer_BT1, to_target_BT1, _, to_sum_BT1 = (g[..., None] for g in gradients)
-    spread_BTV = to_normalizer_BT1 * jnp.exp(logits_BTV - normalizer_BT[..., None]) + to_sum_BT1
-    return spread_BTV + jnp.where(_is_target(logits_BTV, targets_BT), to_target_BT1, 0.0), None
+    spread_BTV = by_platform(
+        kept_BTV,
+        scale_BT[..., None],
+        to_normalizer_BT1,
+        cpu=lambda exponentials, scale, gradient: exponentials * (scale * gradient),
+        default=lambda logits, normalizer, gradient: gradient * jnp.exp(logits - normalizer),
+    )
+    spread_BTV = spread_BTV + to_sum_BT1
+    return spread_BTV + jnp.where(_is_target(kept_BTV, targets_BT), to_target_BT1, 0.0), None
 
 
 reduce_vocabulary.defvjp(_reduce_forward, _reduce_backward)
