@@ -75,6 +75,28 @@ def test_a_divided_sequence_changes_nothing(name):
     compare(CASES[name], arrays, side, side)
 
 
+def kept_bytes(num_shards):
+    """Returns what all devices together keep of a ring's forward pass for the backward pass."""
+    arrays, side = make_arrays()
+    mesh = parallel.build_mesh(parallel.MeshConfig(data=1, context=num_shards), jax.devices()[:num_shards])
+
+    def gradient(*arrays):
+        ring = lambda *arrays: attend(Ring(), Plain(), arrays, Layout(side, side, True), SCORINGS["soft_cap"])  # noqa: E731
+        return jax.vjp(ring, *arrays)[1]
+
+    with parallel.use(mesh, DEFAULT_RULES):
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(gradient, *arrays)))
+
+
+def test_a_ring_keeps_what_a_device_has_of_its_own():
+    """Not what came by: the whole ring keeps as much on four devices as on two, and as much as is there."""
+    (q, k, v), _ = make_arrays()
+    result_and_normalizers = q.nbytes + 4 * q[..., 0].size
+    # Four words to each position tell where it stands.
+    places = 4 * 4 * q[:, :, 0, 0].size
+    assert kept_bytes(2) == kept_bytes(4) == q.nbytes + k.nbytes + v.nbytes + result_and_normalizers + places
+
+
 @pytest.mark.parametrize("way", [Ring(), Ulysses()], ids=["ring", "exchange"])
 def test_cross_attention_reads_a_divided_source_of_another_length(way):
     (q, k, v), keys = make_arrays()
