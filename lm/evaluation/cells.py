@@ -225,16 +225,15 @@ def _write_attention(table: _Table) -> None:
         "## Attention",
         "",
         "What each kernel computes (`config.model.attention.kernel`), asked of packed rows in bfloat16 unless the row",
-        "says otherwise. What is yes equals Plain but for rounding: `tests/models/test_attention.py`,",
-        "`tests/models/test_kernels.py`.",
+        "says otherwise. `tests/models/test_attention.py` and `tests/models/test_kernels.py` hold them to Plain; what ran",
+        "on which devices is in [attention.md](attention.md).",
     ]
     table.add("asked", list(attention_cells.KERNELS), rows(asked))
     table.lines += [
         "",
         f"What each way of dividing a sequence between {attention_cells.NUM_SHARDS} devices takes",
-        "(`config.model.attention.context_parallel`), with the kernel Plain unless the row says otherwise. What is yes",
-        "equals one device but for rounding: `tests/models/test_context_parallel.py`,",
-        "`tests/training/test_context_mesh.py`.",
+        "(`config.model.attention.context_parallel`), with the kernel Plain unless the row says otherwise.",
+        "`tests/models/test_context_parallel.py` and `tests/training/test_context_mesh.py` hold them to one device.",
     ]
     table.add("asked", list(attention_cells.WAYS), rows(divided))
     table.end()
