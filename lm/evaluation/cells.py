@@ -225,8 +225,8 @@ def _write_attention(table: _Table) -> None:
         "## Attention",
         "",
         "What each kernel computes (`config.model.attention.kernel`), asked of packed rows in bfloat16 unless the row",
-        "says otherwise. `tests/models/test_attention.py` and `tests/models/test_kernels.py` hold them to Plain; what ran",
-        "on which devices is in [attention.md](attention.md).",
+        "says otherwise. `tests/models/test_attention.py` and `tests/models/test_kernels.py` hold them to Plain; what",
+        "ran on which devices is in [attention.md](attention.md).",
     ]
     table.add("asked", list(attention_cells.KERNELS), rows(asked))
     table.lines += [

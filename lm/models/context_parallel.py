@@ -161,7 +161,7 @@ class Ring:
             q_BTNH, kv_BSKH = deal(q_BTNH, 1), deal(kv_BSKH, 1)
             queries = keys = deal(keys, 2)
         ways = Ways(kernel, 2 if dealt else 1, k_BSKH.shape[-1], layout.causal, layout.window)
-        out_BTNH = travel(ways, group(q_BTNH, k_BSKH.shape[2]), kv_BSKH, queries, keys, scoring)
+        out_BTNH: jax.Array = travel(ways, group(q_BTNH, k_BSKH.shape[2]), kv_BSKH, queries, keys, scoring)
         return undeal(out_BTNH, 1) if dealt else out_BTNH
 
     def problems(
