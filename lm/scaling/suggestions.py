@@ -106,7 +106,7 @@ def _fit(
         found: list[Suggestion] = []
         for mesh in list(candidates):
             if tried == most:
-                return []
+                return found
             overrides = (*mesh_overrides(mesh, experiment.mesh), *state_changes, *changes)
             try:
                 plan = make_plan(override(experiment, _values(overrides)), num_devices, hardware)
