@@ -16,7 +16,7 @@ from lm.config import ConfigError
 from lm.data import train_batches
 from lm.data.tokenizers import ByteTokenizer
 from lm.decoding import DecodingError, Sampling, build_decoder, choose_frame
-from lm.evaluation import cells
+from lm.evaluation import attention_cells, cells
 from lm.models import path_name
 from lm.optim import build_optimizer
 from lm.training.state import init_state
@@ -39,6 +39,18 @@ def _one_device():
 def test_the_table_is_the_generated_one():
     committed = pathlib.Path(__file__).parent.parent / "docs" / "cells.md"
     assert committed.read_text(encoding="utf-8") == cells.write_table()
+
+
+def test_attention_that_is_asked_for_is_computed_by_some_kernel_and_refused_by_others_in_words():
+    sights = cells.attention_sights()
+    answers = [attention_cells.by_kernel(run) for run in attention_cells.ask(sights).values()]
+    answers += [attention_cells.by_way(run) for run in attention_cells.ask_divided(sights).values()]
+    answers += [attention_cells.on_platform(kind) for kind in attention_cells.PLATFORMS.values()]
+    for answer in answers:
+        assert [] in answer.values()
+        for line in itertools.chain.from_iterable(answer.values()):
+            assert line.startswith("config.")
+            assert len(line.split()) > 8
 
 
 def test_every_architecture_and_objective_has_a_valid_cell():

@@ -1,7 +1,8 @@
 """Which architecture trains under which objective: every cell, tiny, and the table of docs/cells.md.
 
-Owns the list of cells. Whether one is valid, and why not, is asked of `Experiment.problems()` alone. Law:
-the committed table equals what `write_table` returns, and a test trains every cell that it calls valid.
+Owns the list of cells; what is asked of attention is `lm.evaluation.attention_cells`. Whether one is valid, and why
+not, is asked of `Experiment.problems()` alone. Law: the committed table equals what `write_table` returns, and a test
+trains every cell that it calls valid.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 from lm import objectives
 from lm.data import Bytes, DataConfig
 from lm.document import Objective, Traits
+from lm.evaluation import attention_cells
 from lm.experiment import Experiment
 from lm.models import (
     Alibi,
@@ -170,41 +172,93 @@ def choices() -> dict[tuple[str, str, str], Experiment]:
     return {(choice, *sight): run for sight in SIGHTS for choice, run in vary(make_cell(*sight)).items()}
 
 
-def write_table() -> str:
-    """Returns docs/cells.md: for each cell that it is valid, or the number of the reason why it is not."""
-    reasons: dict[str, int] = {}
+def attention_sights() -> Mapping[str, Experiment]:
+    """Returns the runs in which attention is asked for everything, by what positions see."""
+    return {name: make_cell(*cell) for name, cell in attention_cells.SIGHTS.items()}
 
-    def show(run: Experiment) -> str:
+
+class _Table:
+    """Rows of cells, and the numbered reasons of those that are not valid."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.reasons: dict[str, int] = {}
+
+    def show(self, problems: list[str]) -> str:
+        """Returns "yes", or the numbers of the reasons."""
+        return " ".join(f"[{self.reasons.setdefault(r, len(self.reasons) + 1)}]" for r in problems) or "yes"
+
+    def show_run(self, run: Experiment) -> str:
+        """Returns what a run says of itself; its reasons are numbered without the names of objective and model."""
         found = [problem.removeprefix("config.") for problem in run.problems()]
         for section in ("objective", "model"):
             name = type(getattr(run, section)).__name__
             found = [problem.replace(f"{section} {name} ", f"the {section} ") for problem in found]
-        return " ".join(f"[{reasons.setdefault(reason, len(reasons) + 1)}]" for reason in found) or "yes"
+        return self.show(found)
 
-    lines = [
+    def add(self, heading: str, columns: list[str], rows: Mapping[str, list[str]]) -> None:
+        """Writes a table of shown cells."""
+        self.lines += ["", f"| {heading} | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+        self.lines += [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()]
+
+    def end(self) -> None:
+        """Writes the reasons, and begins to number anew."""
+        self.lines += ["", "Why not:", "", *(f"{number}. {reason}" for reason, number in self.reasons.items())]
+        self.reasons = {}
+
+
+def _write_attention(table: _Table) -> None:
+    """Writes what the kernels compute, and what the ways of dividing a sequence take."""
+    sights = attention_sights()
+
+    def rows(answers: Mapping[str, Mapping[str, list[str]]]) -> dict[str, list[str]]:
+        return {
+            name: [table.show([line.removeprefix("config.") for line in lines]) for lines in answer.values()]
+            for name, answer in answers.items()
+        }
+
+    asked = {name: attention_cells.by_kernel(run) for name, run in attention_cells.ask(sights).items()}
+    asked |= {f"on {name}": attention_cells.on_platform(kind) for name, kind in attention_cells.PLATFORMS.items()}
+    divided = {name: attention_cells.by_way(run) for name, run in attention_cells.ask_divided(sights).items()}
+    table.lines += [
+        "",
+        "## Attention",
+        "",
+        "What each kernel computes (`config.model.attention.kernel`), asked of packed rows in bfloat16 unless the row",
+        "says otherwise. `tests/models/test_attention.py` and `tests/models/test_kernels.py` hold them to Plain; what",
+        "ran on which devices is in [attention.md](attention.md).",
+    ]
+    table.add("asked", list(attention_cells.KERNELS), rows(asked))
+    table.lines += [
+        "",
+        f"What each way of dividing a sequence between {attention_cells.NUM_SHARDS} devices takes",
+        "(`config.model.attention.context_parallel`), with the kernel Plain unless the row says otherwise.",
+        "`tests/models/test_context_parallel.py` and `tests/training/test_context_mesh.py` hold them to one device.",
+    ]
+    table.add("asked", list(attention_cells.WAYS), rows(divided))
+    table.end()
+
+
+def write_table() -> str:
+    """Returns docs/cells.md: for each cell that it is valid, or the number of the reason why it is not."""
+    table = _Table()
+    table.lines += [
         "# Every objective on every architecture",
         "",
         "Generated by `python -m lm.evaluation.cells > docs/cells.md` from what `Experiment.problems()` says of tiny",
         "runs; `tests/test_cells.py` holds this file equal to it, trains two steps of every cell that says yes, and",
         "demands a refusal of every other. Token types, pooled heads and blank positions are set as the objective",
-        "asks for them.",
-        "",
-        f"| objective | {' | '.join(ARCHITECTURES)} |",
-        f"|---|{'---|' * len(ARCHITECTURES)}",
+        "asks for them. What attention computes is asked further down, without training.",
     ]
-    rows = {name: [show(make_cell(name, kind)) for kind in ARCHITECTURES] for name in OBJECTIVES}
-    lines += [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()]
-    lines += [
-        "",
-        "The other choices, in one cell for each way of seeing:",
-        "",
-        f"| choice | {' | '.join(f'{name} on {kind}' for name, kind in SIGHTS)} |",
-        f"|---|{'---|' * len(SIGHTS)}",
-    ]
+    cells = {name: [table.show_run(make_cell(name, kind)) for kind in ARCHITECTURES] for name in OBJECTIVES}
+    table.add("objective", list(ARCHITECTURES), cells)
+    table.lines += ["", "The other choices, in one cell for each way of seeing:"]
     columns = [vary(make_cell(*sight)) for sight in SIGHTS]
-    lines += [f"| {choice} | {' | '.join(show(column[choice]) for column in columns)} |" for choice in columns[0]]
-    lines += ["", "Why not:", "", *(f"{number}. {reason}" for reason, number in reasons.items())]
-    return "\n".join(lines) + "\n"
+    others = {choice: [table.show_run(column[choice]) for column in columns] for choice in columns[0]}
+    table.add("choice", [f"{name} on {kind}" for name, kind in SIGHTS], others)
+    table.end()
+    _write_attention(table)
+    return "\n".join(table.lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -251,6 +251,10 @@ class Partial(NamedTuple):
         read_BKGTH = scoring.read(weights_BKGTS, v_BSKH, layout, q_BTKGH.dtype)
         return Partial(best_BKGT, total_BKGT, self.out_BKGTH * shrink_BKGT[..., None] + read_BKGTH)
 
+    def normalizer(self) -> jax.Array:
+        """Returns f32[B, K, G, T], the logarithm of the sum of the exponentials; of what read nothing, the largest."""
+        return self.best_BKGT + jnp.log(jnp.where(self.total_BKGT > 0, self.total_BKGT, 1.0))
+
     def finish(self, dtype: jnp.dtype) -> jax.Array:
         """Returns [B, T, N, H], what was read."""
         # A row that read nothing divides zero by one, so that its gradient is zero and not NaN.

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm.models.attention import Chunked, Features, Layout, Partial, Plain, Scoring, Side, group
+from lm.models.attention import Chunked, Features, Layout, Plain, Scoring, Side, group
 from lm.models.kernels import Kernel, platform_problems
+from lm.models.ring import Ways, pack, travel, unpack
 from lm.parallel import (
     activation_spec,
     by_shards,
@@ -26,7 +27,6 @@ from lm.parallel import (
     is_placed,
     num_shards,
     platform_of,
-    shift,
     to_heads,
     to_length,
     undeal,
@@ -137,7 +137,7 @@ class Gather:
 class Ring:
     """Keys and values travel around the devices, which add them to a softmax (Liu et al. 2023, ring attention).
 
-    What a block's mask hides altogether is skipped.
+    What a block's mask hides altogether is skipped. The backward pass goes around once more, see `lm.models.ring`.
 
     Attributes:
       zigzag: whether a causal sequence is dealt out again so that all devices have the same work; otherwise the last
@@ -155,57 +155,14 @@ class Ring:
         """Returns one device's part of the result."""
         q_BTNH, k_BSKH, v_BSKH = arrays
         kv_BSKH = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
-        queries, keys = _pack(layout.queries), _pack(layout.keys)
+        queries, keys = pack(layout.queries), pack(layout.keys)
         dealt = self.zigzag and layout.causal
         if dealt:
             q_BTNH, kv_BSKH = deal(q_BTNH, 1), deal(kv_BSKH, 1)
             queries = keys = deal(keys, 2)
-        q_BTKGH = group(q_BTNH, k_BSKH.shape[2])
-        pieces = 2 if dealt else 1
-        asked = list(zip(jnp.split(q_BTKGH, pieces, axis=1), jnp.split(queries, pieces, axis=2), strict=True))
-        step = functools.partial(self._read, kernel, asked, k_BSKH.shape[-1], layout, scoring)
-
-        def turn(carry: Any, _: None) -> tuple[Any, None]:
-            partials, kv_BSKH, keys = carry
-            kv_BSKH, keys = shift((kv_BSKH, keys))
-            return (step(partials, kv_BSKH, keys), kv_BSKH, keys), None
-
-        partials = [Partial.start(q_BTKGH, v_BSKH.shape[-1], scoring) for q_BTKGH, _ in asked]
-        carry = (step(partials, kv_BSKH, keys), kv_BSKH, keys)
-        (partials, _, _), _ = jax.lax.scan(turn, carry, length=jax.lax.axis_size("context") - 1)
-        out_BTNH = jnp.concatenate([partial.finish(q_BTNH.dtype) for partial in partials], axis=1)
+        ways = Ways(kernel, 2 if dealt else 1, k_BSKH.shape[-1], layout.causal, layout.window)
+        out_BTNH: jax.Array = travel(ways, group(q_BTNH, k_BSKH.shape[2]), kv_BSKH, queries, keys, scoring)
         return undeal(out_BTNH, 1) if dealt else out_BTNH
-
-    def _read(
-        self,
-        kernel: Plain | Chunked,
-        asked: list[tuple[jax.Array, jax.Array]],
-        width: int,
-        layout: Layout,
-        scoring: Scoring,
-        partials: list[Partial],
-        *block: jax.Array,
-    ) -> list[Partial]:
-        """Adds a block of keys to the softmax of each piece of the queries, piece by piece."""
-        kv_BSKH, keys = block
-        pieces = len(asked)
-        read = list(zip(jnp.split(kv_BSKH, pieces, axis=1), jnp.split(keys, pieces, axis=2), strict=True))
-
-        @jax.checkpoint
-        def extend(partial: Partial, q_BTKGH: jax.Array, kv_BSKH: jax.Array, sides: Any) -> Partial:
-            pair = dataclasses.replace(layout, queries=_unpack(sides[0]), keys=_unpack(sides[1]))
-
-            def add(partial: Partial) -> Partial:
-                return kernel.extend(partial, q_BTKGH, kv_BSKH[..., :width], kv_BSKH[..., width:], pair, scoring)
-
-            return jax.lax.cond(jnp.any(pair.allowed()), add, lambda partial: partial, partial)
-
-        results = []
-        for partial, (q_BTKGH, queries) in zip(partials, asked, strict=True):
-            for kv_BSKH, keys in read:
-                partial = extend(partial, q_BTKGH, kv_BSKH, (queries, keys))
-            results.append(partial)
-        return results
 
     def problems(
         self, kernel: Kernel, dropout_rate: float, heads: Heads, lengths: dict[str, int], shards: int
@@ -243,7 +200,7 @@ class Ulysses:
         kv_BSKH = jnp.concatenate([k_BSKH, v_BSKH], axis=-1)
         kv_BSKH = jnp.repeat(kv_BSKH, _repeats(kv_BSKH.shape[2], jax.lax.axis_size("context")), axis=2)
         k_BSKH, v_BSKH = jnp.split(to_heads(kv_BSKH), [k_BSKH.shape[-1]], axis=-1)
-        sides = [_unpack(gather_length(_pack(side), 2)) for side in (layout.queries, layout.keys)]
+        sides = [unpack(gather_length(pack(side), 2)) for side in (layout.queries, layout.keys)]
         layout = dataclasses.replace(layout, queries=sides[0], keys=sides[1])
         return to_length(kernel.attend(to_heads(q_BTNH), k_BSKH, v_BSKH, layout, _own_heads(scoring)))
 
@@ -277,16 +234,6 @@ def _own_heads(scoring: Scoring) -> Scoring:
     if bias is not None:
         bias = dataclasses.replace(bias, table_UN=own(bias.table_UN, 1))
     return dataclasses.replace(scoring, bias=bias, sinks_N=None if sinks_N is None else own(sinks_N, 0))
-
-
-def _pack(side: Side) -> jax.Array:
-    """Returns i32[4, B, T], a side as one array, which costs one message."""
-    slots_BT = jnp.broadcast_to(side.slots[None, :], side.positions.shape)
-    return jnp.stack([side.segment_ids, side.positions, side.bidirectional.astype(jnp.int32), slots_BT])
-
-
-def _unpack(packed: jax.Array) -> Side:
-    return Side(packed[0], packed[1], packed[2] != 0, packed[3, 0])
 
 
 ContextParallel = Ring | Ulysses | Gather

@@ -81,6 +81,11 @@ class Plan:
         return self.total_bytes <= 0.9 * self.hardware.memory
 
     @property
+    def update_fits(self) -> bool:
+        """Whether the update alone would fit, however little the backward pass needs."""
+        return self.argument_bytes + self.update_bytes <= 0.9 * self.hardware.memory
+
+    @property
     def tokens(self) -> int:
         """Tokens of the main tower in a step."""
         return self.experiment.batch_size * self.experiment.data.lengths.tokens

@@ -126,15 +126,17 @@ def advise(plan: Plan, suggestion: Suggestion | None) -> str:
     """Returns in words what to do about a run that does not fit."""
     if suggestion is None:
         return (
-            f"No mesh, recomputation or number of microbatches tried makes it fit {plan.num_devices:,} x"
-            f" {plan.hardware.name}: use more devices or a smaller batch."
+            f"No mesh, recomputation, number of microbatches or place of the optimizer's state tried makes it fit"
+            f" {plan.num_devices:,} x {plan.hardware.name}: use more devices or a smaller batch."
         )
     found = suggestion.plan
     flags = " ".join(f"--{override}" for override in suggestion.overrides)
+    rule = type(found.experiment.optimizer.rule).__name__
+    rounded = "" if type(plan.experiment.optimizer.rule).__name__ == rule else f"; {rule} rounds the moments"
     return (
         f"It fits with {flags}\n"
         f"  ({amount(found.total_bytes, 'B')} of each device, {duration(found.best_seconds)} to"
-        f" {duration(found.worst_seconds)} a step)"
+        f" {duration(found.worst_seconds)} a step{rounded})"
     )
 
 

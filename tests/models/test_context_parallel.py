@@ -75,6 +75,35 @@ def test_a_divided_sequence_changes_nothing(name):
     compare(CASES[name], arrays, side, side)
 
 
+def shapes_on_a_ring(num_shards, arrays, of):
+    """Returns the shapes of what `of` makes of a ring's attention and its gradient, without computing them."""
+    _, side = make_arrays()
+    mesh = parallel.build_mesh(parallel.MeshConfig(data=1, context=num_shards), jax.devices()[:num_shards])
+
+    def ring(*arrays):
+        return attend(Ring(), Chunked(chunk=3), arrays, Layout(side, side, True), SCORINGS["soft_cap"])
+
+    with parallel.use(mesh, DEFAULT_RULES):
+        return jax.tree.leaves(jax.eval_shape(lambda *arrays: of(*jax.vjp(ring, *arrays)), *arrays))
+
+
+def test_a_ring_keeps_what_a_device_has_of_its_own():
+    """Not what came by: the whole ring keeps as much on four devices as on two, and as much as is there."""
+    (q, k, v), _ = make_arrays()
+    result_and_normalizers = q.nbytes + 4 * q[..., 0].size
+    # Four words tell where each position stands.
+    places = 4 * 4 * q[:, :, 0, 0].size
+    expected = q.nbytes + k.nbytes + v.nbytes + result_and_normalizers + places
+    for num_shards in (2, 4):
+        kept = shapes_on_a_ring(num_shards, (q, k, v), lambda out, back: back)
+        assert sum(x.size * x.dtype.itemsize for x in kept) == expected
+
+
+def test_gradients_of_a_ring_are_in_the_dtype_of_its_arrays():
+    arrays = [x.astype(jnp.bfloat16) for x in make_arrays()[0]]
+    assert {x.dtype for x in shapes_on_a_ring(2, arrays, lambda out, back: back(out))} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize("way", [Ring(), Ulysses()], ids=["ring", "exchange"])
 def test_cross_attention_reads_a_divided_source_of_another_length(way):
     (q, k, v), keys = make_arrays()

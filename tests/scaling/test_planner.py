@@ -6,14 +6,15 @@ import pytest
 
 from benchmarks.guard import cases
 from lm import parallel
-from lm.config import ConfigError
+from lm.config import ConfigError, override
+from lm.optim import AdamW, AdamW8Bit
 from lm.parallel import MeshConfig, Pipeline, Sharding
 from lm.parallel.hardware import HARDWARE
 from lm.scaling import report
 from lm.scaling.compiled import compile_step
 from lm.scaling.planner import make_plan
 from lm.scaling.step import abstract_mesh, describe_step
-from lm.scaling.suggestions import suggest
+from lm.scaling.suggestions import mesh_overrides, suggest
 
 V5P = HARDWARE["v5p"]
 NAMES = ["decoder on fsdp x tensor", "encoder on fsdp", "encoder_decoder on fsdp", "experts on fsdp"]
@@ -109,6 +110,41 @@ def test_what_does_not_fit_is_mended():
     assert "It fits with --config." in report.advise(plan, suggestion)
     nothing = dataclasses.replace(V5P, memory=1e3)
     assert "use more devices" in report.advise(plan, suggest(experiment, 8, nothing, most=3))
+
+
+def test_a_mesh_is_named_by_what_differs_from_the_runs_own():
+    fsdp, tensor = MeshConfig(data=1, fsdp=8), MeshConfig(data=1, fsdp=1, tensor=8)
+    assert mesh_overrides(tensor, fsdp) == ("config.mesh.fsdp=1", "config.mesh.tensor=8")
+    assert mesh_overrides(fsdp, fsdp) == ()
+
+
+def test_state_moves_or_shrinks_when_nothing_cheaper_fits():
+    """One row whose layers are computed again: there is nothing else to save."""
+    experiment = dataclasses.replace(cases()["decoder on data"], mesh=MeshConfig(data=1), batch_size=1)
+    experiment = override(experiment, {"model.remat": "full", "optimizer.rule": "AdamW", "optimizer.rule.b2": "0.98"})
+    host, small = "config.sharding.optimizer_on_host=True", "config.optimizer.rule=AdamW8Bit"
+
+    def find(hardware, memory):
+        # Room for so much and no more, with the tenth that is left free.
+        hardware = dataclasses.replace(HARDWARE[hardware], memory=memory / 0.9)
+        plan, found = make_plan(experiment, 1, hardware), suggest(experiment, 1, hardware)
+        assert not plan.fits
+        assert found is not None
+        assert found.plan.fits
+        assert ("AdamW8Bit rounds the moments" in report.advise(plan, found)) == (small in found.overrides)
+        return found
+
+    total = make_plan(experiment, 1, V5P).total_bytes
+    on_host = find("h100", 0.95 * total)
+    assert on_host.overrides == (host,)
+    assert on_host.plan.experiment.optimizer.rule == AdamW(b2=0.98)
+    both = find("h100", 0.95 * on_host.plan.total_bytes)
+    assert both.overrides == (host, small)
+    # The speed of a TPU's link to its host is not published.
+    eight_bits = find("v5p", 0.95 * total)
+    assert eight_bits.overrides == (small,)
+    assert eight_bits.plan.experiment.optimizer.rule == AdamW8Bit(b2=0.98)
+    assert not eight_bits.plan.experiment.sharding.optimizer_on_host
 
 
 def test_state_on_the_host_is_no_argument_and_is_fetched_whole():

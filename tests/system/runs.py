@@ -123,14 +123,21 @@ def history(workdir: pathlib.Path, split: str = "train") -> list[dict]:
     ]
 
 
+def last_step(workdir: pathlib.Path) -> int:
+    """Returns the last step whose training figures are logged; 0 if there are none."""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    steps = (json.loads(line)["step"] for line in reversed(lines) if line.endswith("\n") and '"train"' in line)
+    return next(steps, 0)
+
+
 def wait_for_step(process: subprocess.Popen, workdir: pathlib.Path, step: int, timeout: float = 240) -> None:
     """Waits until the run has logged `step`; fails if it ends before."""
     deadline = time.monotonic() + timeout
-    file = workdir / "metrics.jsonl"
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(f"ended with {process.returncode} before step {step}: {process.stderr.read()[-2000:]}")
-        if file.exists() and file.read_text().count("\n") >= step:
+        if last_step(workdir) >= step:
             return
         time.sleep(0.005)
     process.kill()
