@@ -13,6 +13,7 @@ from benchmarks import ours
 from benchmarks.measuring import Comparison, Contender, Row, Sample
 from benchmarks.rows import Rows
 from configs import bert, gpt2, llama3, mixtral, t5
+from lm.models import Auto
 from lm.models.transformer import Transformer
 
 
@@ -32,7 +33,8 @@ class TrainStep:
 
     def compare(self, name: str, dtype: str, against: Iterable[str], folder: pathlib.Path) -> Comparison:
         """Returns the comparison with the peers that have such a model; they start from our weights in `folder`."""
-        model = dataclasses.replace(self.model, dtype=dtype)
+        attention = dataclasses.replace(self.model.attention, kernel=Auto())
+        model = dataclasses.replace(self.model, dtype=dtype, attention=attention)
         weights = str(folder / "weights")
         contenders = [Contender("lm", ours.train_work, (model, self.rows, weights))]
         if "torch" in against and type(model.positions).__name__ == "Learned" and model.decoder_depth:

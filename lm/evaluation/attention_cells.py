@@ -14,6 +14,7 @@ from lm.experiment import Experiment
 from lm.models import (
     Alibi,
     Auto,
+    Blocked,
     Bucketed,
     Chunked,
     Cudnn,
@@ -30,7 +31,7 @@ from lm.models.kernels import platform_problems
 from lm.parallel import MESH_AXES
 from lm.training.division import check_attention
 
-KERNELS = {type(kernel).__name__: kernel for kernel in (Plain(), Chunked(), Cudnn(), Splash(), Auto())}
+KERNELS = {type(kernel).__name__: kernel for kernel in (Plain(), Blocked(), Chunked(), Cudnn(), Splash(), Auto())}
 WAYS = {type(way).__name__: way for way in (Ring(), Ulysses(), Gather())}
 PLATFORMS = {"a CPU": "cpu", "an NVIDIA GPU": "gpu", "a TPU": "tpu"}
 # Of the device mesh that divides a sequence.

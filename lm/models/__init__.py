@@ -2,6 +2,7 @@
 
 from lm.models.attention import Chunked as Chunked
 from lm.models.attention import Plain as Plain
+from lm.models.blocked import Blocked as Blocked
 from lm.models.context_parallel import Gather as Gather
 from lm.models.context_parallel import Ring as Ring
 from lm.models.context_parallel import Ulysses as Ulysses

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from lm.models.attention import Chunked, Features, Layout, Plain, Scoring, Side
+from lm.models.blocked import Blocked
 
 PREFIX = "config.model.attention"
 
@@ -189,7 +190,7 @@ class Splash:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Auto:
-    """The fastest kernel that computes what is asked: Splash on TPUs, Cudnn on GPUs, else Plain, or Chunked.
+    """The fastest kernel that computes what is asked: Splash on TPUs, Cudnn on GPUs, Blocked on CPUs, or what can.
 
     Attributes:
       plain_up_to: the most pairs of a query and a key for which all scores of a head are held at once.
@@ -211,7 +212,7 @@ class Auto:
         """Returns the kernel for a cache, or for the blocks of a ring."""
         return Chunked()
 
-    def resolve(self, platform: str, features: Features, num_pairs: int) -> Plain | Chunked | Cudnn | Splash:
+    def resolve(self, platform: str, features: Features, num_pairs: int) -> Plain | Blocked | Chunked | Cudnn | Splash:
         """Returns the kernel for arrays that do not grow: of training, scoring, or a prompt without a cache.
 
         Args:
@@ -222,8 +223,13 @@ class Auto:
         candidates = {"tpu": Splash(), "gpu": Cudnn(), "cuda": Cudnn()}
         chosen = candidates.get(platform)
         if chosen is None or chosen.problems(features):
-            plain = num_pairs <= self.plain_up_to or bool(features.dropout_rate)
-            chosen = Plain() if plain else Chunked()
+            at_once = num_pairs <= self.plain_up_to
+            # More blocks of bfloat16 cost more in transposed copies than they leave out.
+            blocked = Blocked(blocks=2 if features.dtype == "bfloat16" else 4)
+            if features.dropout_rate or (at_once and platform != "cpu"):
+                chosen = Plain()
+            else:
+                chosen = blocked if at_once else Chunked()
         _log_choice(chosen, platform, num_pairs)
         return chosen
 
@@ -233,11 +239,11 @@ class Auto:
         return []
 
 
-Kernel = Plain | Chunked | Cudnn | Splash | Auto
+Kernel = Plain | Blocked | Chunked | Cudnn | Splash | Auto
 
 
 @functools.cache
-def _log_choice(chosen: Plain | Chunked | Cudnn | Splash, platform: str, num_pairs: int) -> None:
+def _log_choice(chosen: Plain | Blocked | Chunked | Cudnn | Splash, platform: str, num_pairs: int) -> None:
     logging.info("attention on %s for %d pairs of query and key: %s", platform, num_pairs, chosen)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.attention import Chunked, Features, Layout, Plain, Scoring
+from lm.models.blocked import Blocked
 from lm.models.context_parallel import Gather, Heads, Ring, Ulysses, attend
 from lm.models.kernels import Auto, Cudnn, Splash
 from lm.models.layers import Einsum, Norm, fold
@@ -46,7 +47,7 @@ class Latent:
     value_dim: int = 128
     scale: float | None = None
     dropout_rate: float = 0.0
-    kernel: Plain | Chunked | Cudnn | Splash | Auto = Plain()
+    kernel: Plain | Blocked | Chunked | Cudnn | Splash | Auto = Plain()
     context_parallel: Ring | Ulysses | Gather = Ring()
 
     def build(

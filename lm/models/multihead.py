@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lm.models.attention import Bias, Chunked, Features, Layout, Plain, RelativeVectors, Scoring, Side
+from lm.models.blocked import Blocked
 from lm.models.context_parallel import Gather, Heads, Ring, Ulysses, attend
 from lm.models.initializers import Constant
 from lm.models.kernels import Auto, Cudnn, Splash
@@ -76,7 +77,7 @@ class MultiHead:
     logit_softcap: float | None = None
     sinks: bool = False
     dropout_rate: float = 0.0
-    kernel: Plain | Chunked | Cudnn | Splash | Auto = Plain()
+    kernel: Plain | Blocked | Chunked | Cudnn | Splash | Auto = Plain()
     context_parallel: Ring | Ulysses | Gather = Ring()
 
     def build(

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import llama3
 from lm import models, parallel
-from lm.models import Auto, Chunked, Cudnn, MultiHead, Plain, Ring, Splash
+from lm.models import Auto, Blocked, Chunked, Cudnn, MultiHead, Plain, Ring, Splash
 from lm.models.attention import Features, Layout, Scoring
 from lm.models.context_parallel import attend
 from lm.models.kernels import platform_problems
@@ -40,7 +40,14 @@ def cases(kernel):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "scoring", "causal", "window"), [*cases(Splash(interpret=True)), *cases(ByXla())], ids=str
+    ("kernel", "scoring", "causal", "window"),
+    [
+        *cases(Splash(interpret=True)),
+        *cases(ByXla()),
+        *cases(Blocked(blocks=3)),
+        *((Blocked(), SCORINGS[name], True, None) for name in ("bias", "sinks")),
+    ],
+    ids=str,
 )
 def test_a_kernel_equals_the_plain_one(kernel, scoring, causal, window):
     (q, k, v), side = make_inputs()
@@ -124,7 +131,9 @@ def test_auto_chooses_by_platform_and_feature():
 
     assert choose("tpu") == Splash()
     assert choose("gpu") == choose("cuda") == Cudnn()
-    assert choose("cpu") == choose("tpu", window=True) == choose("gpu", dtype="float32") == Plain()
+    assert choose("cpu") == Blocked(blocks=2)
+    assert choose("cpu", dtype="float32") == Blocked(blocks=4)
+    assert choose("tpu", window=True) == choose("gpu", dtype="float32") == choose("cpu", dropout_rate=0.1) == Plain()
     assert choose("cpu", num_pairs=1 << 23) == choose("gpu", num_pairs=1 << 23, sinks=True) == Chunked()
     # Only the plain kernel drops weights.
     assert choose("tpu", num_pairs=1 << 23, dropout_rate=0.1) == Plain()
