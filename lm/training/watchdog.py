@@ -91,8 +91,8 @@ class Watchdog:
         stack = [] if frame is None else [line.rstrip() for line in traceback.format_stack(frame)[-_DEPTH:]]
         others = self._whereabouts.read()
         self._say(
-            f"slow: step {self._step() + 1} is in phase {place.phase} for {seconds:.1f} s; {self._compare(place.phase)}. The program "
-            "stands at:\n" + "\n".join([*stack, *map(str, others)])
+            f"slow: step {self._step() + 1} is in phase {place.phase} for {seconds:.1f} s; "
+            f"{self._compare(place.phase)}. The program stands at:\n" + "\n".join([*stack, *map(str, others)])
         )
         facts = {"phase": place.phase, "seconds": seconds, "usual_seconds": usual, "stack": stack}
         if others:
