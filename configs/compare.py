@@ -59,7 +59,7 @@ def get_config(variant: str = "") -> Experiment:
             tokenizer=Bytes(num_sentinels=100),
             sequence_length=length,
             encoder_length=encoder_length,
-            validation_fraction=0.02,
+            validation_fraction=0.01,
         ),
         optimizer=OptimizerConfig(
             rule=AdamW(),
@@ -68,7 +68,7 @@ def get_config(variant: str = "") -> Experiment:
         ),
         num_steps=num_steps,
         batch_size=batch_size,
-        evaluation=EvaluationConfig(every=max(1, num_steps // 8), num_batches=16, batch_size=16),
+        evaluation=EvaluationConfig(every=max(1, num_steps // 8), batch_size=16),
         checkpoint=CheckpointConfig(every=max(1, num_steps // 2)),
         logging=LoggingConfig(every=max(1, num_steps // 40)),
     )

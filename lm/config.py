@@ -202,7 +202,7 @@ def _parse_one(hint: Any, text: str, current: Any) -> Any:
         number = float(text) if re.fullmatch(r"[\d.]+e\d+", lowered) else int(text.replace("_", ""))
         return int(number) if math.isfinite(number) and number == int(number) else _refuse(text)
     if hint is float:
-        return float(text)
+        return _refuse(text) if math.isnan(float(text)) else float(text)
     if hint is str:
         return text
     if typing.get_origin(hint) is Literal:
@@ -262,7 +262,8 @@ def from_json(hint: Any, data: Any, path: str = "config") -> Any:
             return tuple(from_json(element, d, f"{path}.{i}") for i, d in enumerate(data))
         if typing.get_origin(option) is Literal and data in typing.get_args(option):
             return data
-        if option in _LEAVES and type(data) is option:
+        # No setting means NaN, and no comparison of a check would find it.
+        if option in _LEAVES and type(data) is option and data == data:
             return data
         if option is float and type(data) is int:
             return float(data)

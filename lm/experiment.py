@@ -61,6 +61,15 @@ class EvaluationConfig:
         """Returns one sentence for each setting that cannot work."""
         return _below_one("evaluation.", self, ("every", "num_batches", "batch_size"))
 
+    def steps_worth(self, batch_size: int) -> float | None:
+        """Returns how many train steps of `batch_size` rows take at least as long as an evaluation inside the loop.
+
+        It scores once by the run's objective and once by the yardstick; None for the whole split, of unknown size.
+        """
+        if self.num_batches is None:
+            return None
+        return 2 * self.num_batches * (self.batch_size or batch_size) / batch_size
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -117,18 +126,23 @@ class HealthConfig:
       recompute_every: computes every such step twice and stops if the results differ in one bit; none never does. Takes
         memory for two more train states.
       slow_factor: a step that takes so many times the median is reported with where the program stands.
+      first_patience: seconds after which a phase of which no usual time is known yet (a first compilation, evaluation
+        or save) is reported so, too; a first evaluation sooner where its batches tell.
     """
 
     spikes: Skip | RollBack | None = None
     max_skipped_in_a_row: int | None = 100
     recompute_every: int | None = None
     slow_factor: float = 10.0
+    first_patience: float = 120.0
 
     def problems(self) -> list[str]:
         """Returns one sentence for each setting that cannot work."""
         found = _below_one("health.", self, ("max_skipped_in_a_row", "recompute_every"))
         if self.slow_factor <= 1:
             found.append(f"health.slow_factor is above 1, got {self.slow_factor}")
+        if self.first_patience <= 0:
+            found.append(f"health.first_patience is a number of seconds above 0, got {self.first_patience}")
         return found + ([] if self.spikes is None else self.spikes.problems())
 
 

@@ -1,13 +1,17 @@
 """Every reader of tests/fuzz.py on hostile bytes, shortly: a valid result or a sentence, and nothing else."""
 
 import io
+import itertools
 import json
+import time
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lm.interop.family import fold_layers
+from lm.models import Layer
 from tests import fuzz
 
 QUICK = settings(
@@ -63,12 +67,32 @@ def _json(seed, **changes):
     return json.dumps({**json.loads(seed), **changes}).encode()
 
 
+def _inside(seed, value, *path):
+    """A seed with one value in it, at a path of keys."""
+    found = json.loads(seed)
+    node = found
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return json.dumps(found).encode()
+
+
+def _layers(number):
+    """Every family's config of so many layers."""
+    for seed in SEEDS["interop_config"]():
+        names = [name for name in json.loads(seed) if name == "n_layer" or name.endswith("_layers")]
+        yield _json(seed, **{name: number for name in names if isinstance(json.loads(seed)[name], int)})
+
+
 def _without_unknown(seed):
     return _json(seed, model={**json.loads(seed)["model"], "unk_token": ""})
 
 
 DEEP = b"[" * 100_000
+_TOKENIZER = ("data", "tokenizer")
+_SUBWORDS = b"data.tokenizer=SentencePiece\ndata.tokenizer"
 SEEDS = {name: target.seeds for name, target in fuzz.TARGETS.items()}
+_A_CONFIG = fuzz._config
 # What was found in an afternoon: each ended in another exception, or took all memory or hours.
 FOUND = {
     "a number of 5000 digits": ("jsonl", lambda: b'{"text": ' + b"9" * 5000 + b"}"),
@@ -104,6 +128,12 @@ FOUND = {
     "pickled objects": ("tokenized_offsets", lambda: _npy(np.asarray([{}, 1, 2, 3], object))),
     "offsets that are floats": ("tokenized_offsets", lambda: _npy(np.asarray([0.0, 1.0, 3.0, 6.0]))),
     "offsets of another shard": ("tokenized_offsets", lambda: _npy(np.asarray([0, 1]))),
+    "sentinels without end in a config": ("config", lambda: _inside(_A_CONFIG(), 2**70, *_TOKENIZER, "num_sentinels")),
+    "sentinels without end to train": ("overrides", lambda: _SUBWORDS + b".num_sentinels=1180591620717411303424"),
+    "more channels than there are": ("config", lambda: _inside(_A_CONFIG(), 1e308, "model", "positions", "fraction")),
+    "no source to train a tokenizer on": ("config", lambda: _inside(_A_CONFIG(), [], "data", "sources")),
+    "no number in a config": ("config", lambda: _inside(_A_CONFIG(), float("nan"), "optimizer", "learning_rate")),
+    "no number on the command line": ("overrides", lambda: b"optimizer.learning_rate=nan"),
     "an unknown character without an id": ("tokenizer_json", lambda: _without_unknown(SEEDS["tokenizer_json"]()[1])),
 }  # fmt: skip
 
@@ -112,6 +142,19 @@ FOUND = {
 def test_what_was_found_is_refused_with_a_sentence(case, tmp_path):
     name, data = FOUND[case]
     assert not fuzz.attempt(fuzz.TARGETS[name], data(), tmp_path)
+
+
+def test_a_model_of_layers_without_end_is_refused_at_once(tmp_path):
+    """Each took hours or all memory; a list of 1 << 14 layers that repeat nothing is described in under a second."""
+    for data in _layers(10**9):
+        assert not fuzz.attempt(fuzz.TARGETS["interop_config"], data, tmp_path)
+    rng = np.random.default_rng(0)
+    layers = [Layer(window=int(window)) for window in rng.integers(1, 3, 1 << 14)]
+    start = time.process_time()
+    described = fold_layers(layers)
+    assert time.process_time() - start < 5
+    rebuilt = itertools.chain(described["first_layers"], itertools.cycle(described["layers"]))
+    assert list(itertools.islice(rebuilt, len(layers))) == layers
 
 
 def test_the_law_sees_what_is_forbidden(tmp_path):

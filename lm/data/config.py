@@ -95,7 +95,7 @@ class DataConfig:
                 f"weights {weights}: make them equal, or set num_epochs to none"
             )
         ready = [source.directory for source in sources if isinstance(source, Tokenized)]
-        if len(ready) == len(sources) and isinstance(self.tokenizer, SentencePiece):
+        if ready and len(ready) == len(sources) and isinstance(self.tokenizer, SentencePiece):
             problems.append(
                 f"data.tokenizer cannot be trained: {', '.join(ready)} has no text; use the Saved tokenizer in "
                 f"{ready[0]}/tokenizer, which made its ids"

@@ -217,7 +217,9 @@ class Bytes:
     @property
     def known(self) -> tuple[int, SpecialTokens] | None:
         """The number of ids and the special ones, where they are known before anything is read; else None."""
-        return len(special_names(self.num_sentinels)) + 256, special_tokens(self.num_sentinels)
+        if self.problems():  # as many names as a damaged config says might fill the memory
+            return None
+        return _num_special(self.num_sentinels) + 256, special_tokens(self.num_sentinels)
 
     def build(self, text: TrainingText) -> ByteTokenizer:
         """Returns the tokenizer; the text is not looked at."""
@@ -225,8 +227,14 @@ class Bytes:
         return ByteTokenizer(self.num_sentinels)
 
 
+def _num_special(num_sentinels: int) -> int:
+    return len(_NAMES) + num_sentinels
+
+
 def _sentinel_problems(num_sentinels: int) -> list[str]:
-    return [] if num_sentinels >= 0 else [f"data.tokenizer.num_sentinels is {num_sentinels}, it must be 0 or more"]
+    if 0 <= num_sentinels <= _MOST_SENTINELS:
+        return []
+    return [f"data.tokenizer.num_sentinels is {num_sentinels}, it must be from 0 to {_MOST_SENTINELS}"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,7 +258,7 @@ class SentencePiece:
     def problems(self) -> list[str]:
         """Returns one sentence for each reason why this cannot work."""
         problems = _sentinel_problems(self.num_sentinels)
-        least = len(special_names(max(self.num_sentinels, 0))) + 256
+        least = _num_special(max(self.num_sentinels, 0)) + 256
         if self.vocab_size <= least:
             problems.append(
                 f"data.tokenizer.vocab_size is {self.vocab_size}, but special ids and bytes alone take {least}: "
@@ -265,7 +273,7 @@ class SentencePiece:
     @property
     def known(self) -> tuple[int, SpecialTokens] | None:
         """The number of ids and the special ones, where they are known before anything is read; else None."""
-        return self.vocab_size, special_tokens(self.num_sentinels)
+        return None if self.problems() else (self.vocab_size, special_tokens(self.num_sentinels))
 
     def build(self, text: TrainingText) -> SentencePieceTokenizer:
         """Trains a tokenizer.

@@ -19,7 +19,7 @@ from lm.data import Batches, DataConfig, validation_batches
 from lm.document import Objective
 from lm.evaluation.yardstick import choose_yardstick
 from lm.training.assembly import Assembly, row_shards
-from lm.training.loop import Evaluate
+from lm.training.measuring import Evaluate
 from lm.training.state import Tree
 from lm.training.step import make_evaluation_step
 

@@ -41,6 +41,8 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 CONFIG = "config.json"
+# A list of all layers is made, and compared with itself: a damaged file must not take hours.
+_MOST_LAYERS = 1 << 14
 # Files that say how text becomes ids and how to generate; carried along as they are.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -80,6 +82,9 @@ def load_config(folder: str | pathlib.Path) -> Transformer:
       InteropError: no family, or a field that no config of ours expresses.
     """
     family, config = _family(pathlib.Path(folder))
+    for name, value in config.items():
+        if re.fullmatch(r"n_layer|\w*_layers", name) and isinstance(value, int) and value > _MOST_LAYERS:
+            raise config.refuse(name, f"a model has at most {_MOST_LAYERS}")
     try:
         found = family.read(config)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

@@ -272,10 +272,16 @@ def _entry(name: str, each: Row, index: tuple[int, ...], shapes: Mapping[str, tu
 
 def fold_layers(layers: Sequence[Layer]) -> dict[str, Any]:
     """Returns the fields `first_layers` and `layers` of the shortest description of a list of layers."""
-    count = len(layers)
-    for length in range(1, count + 1):
-        for first in range(length):
-            period = length - first
-            if all(layers[i] == layers[i - period] for i in range(length, count)):
-                return {"first_layers": tuple(layers[:first]), "layers": tuple(layers[first:length])}
-    return {"first_layers": (), "layers": (Layer(),)}
+    if not layers:
+        return {"first_layers": (), "layers": (Layer(),)}
+    numbers: dict[Layer, int] = {}
+    kinds = np.asarray([numbers.setdefault(layer, len(numbers)) for layer in layers])
+    best = (len(layers), 0)
+    for period in range(1, len(layers)):
+        if period > best[0]:
+            break
+        unlike = np.flatnonzero(kinds[period:] != kinds[:-period])
+        first = int(unlike[-1]) + 1 if unlike.size else 0
+        best = min(best, (first + period, first))
+    length, first = best
+    return {"first_layers": tuple(layers[:first]), "layers": tuple(layers[first:length])}

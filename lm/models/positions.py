@@ -175,6 +175,8 @@ class Rotary(Positions):
 
     def problems(self, head_dim: int) -> list[str]:
         """Says so if the rotated channels cannot be paired."""
+        if not 0 < self.fraction <= 1:
+            return [f"config.model.positions.fraction: {self.fraction} is not in (0, 1]"]
         rotated = int(head_dim * self.fraction)
         if rotated < 2 or rotated % 2:
             return [

@@ -21,14 +21,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
-
-# jax says nowhere else which process it took this one for before all of them have joined.
-from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from lm.config import ConfigError, UserError
 from lm.parallel.axes import Rules, spec
+from lm.parallel.service import check_service, client_of_service, coordinator, place_in_run
 
 # Seconds between two signs of life of a process that waits for the others.
 _SIGN = 0.2
@@ -132,7 +130,7 @@ def missing_sentence(start: Start, process_id: int, num_processes: int, there: s
     if not missing or not there:
         return (
             f"process {process_id} of {num_processes} waited {start.join_timeout} s for the others at "
-            f"{distributed.global_state.coordinator_address}: check that all were started, with one address that each "
+            f"{coordinator()}: check that all were started, with one address that each "
             "of them can reach, or raise --join_timeout"
         )
     names = ", ".join(map(str, missing))
@@ -147,19 +145,20 @@ def _watch(start: Start, folder: pathlib.Path, joined: threading.Event) -> None:
 
     jax itself would abort with a stack trace and no names, in C++, where no exception can be caught.
     """
-    state, roll = distributed.global_state, RollCall(folder)
+    roll = RollCall(folder)
     waited = 0.0
     while not joined.wait(_SIGN):
         waited += _SIGN
-        if state.client is not None:  # jax knows by now which process this is
-            roll.sign(state.process_id)
+        process_id, num_processes = place_in_run()
+        if client_of_service() is not None:  # jax knows by now which process this is
+            roll.sign(process_id)
         roll.look()
         if waited >= start.join_timeout:
-            sentence = missing_sentence(start, state.process_id, state.num_processes, roll.look())
+            sentence = missing_sentence(start, process_id, num_processes, roll.look())
             print(f"{pathlib.Path(sys.argv[0]).stem}: {sentence}", file=sys.stderr, flush=True)
             os._exit(EXIT_NOT_JOINED)
-    if state.client is not None:
-        roll.leave(state.process_id)
+    if client_of_service() is not None:
+        roll.leave(place_in_run()[0])
 
 
 def join(start: Start, folder: pathlib.Path) -> None:
@@ -180,6 +179,7 @@ def join(start: Start, folder: pathlib.Path) -> None:
         raise ConfigError("\n".join(found))
     if start.num_processes == 1:
         return
+    check_service()
     # jax's own handler would swallow SIGTERM; the loop agrees on a step to stop at by itself.
     jax.config.update("jax_enable_preemption_service", False)
     joined = threading.Event()
@@ -200,9 +200,7 @@ def join(start: Start, folder: pathlib.Path) -> None:
     except RuntimeError as error:
         if start.coordinator is None and _TOO_LATE in str(error):
             return  # whoever started jax has decided which processes there are
-        raise UserError(
-            f"cannot start at {distributed.global_state.coordinator_address}: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"cannot start at {coordinator()}: {str(error).splitlines()[0]}") from error
     finally:
         joined.set()
         watcher.join()
@@ -263,7 +261,7 @@ def first(action: Callable[[], object]) -> None:
             error = caught
     if jax.process_count() > 1:
         # Words go by a program of the devices, whose own patience may be half a minute.
-        client = distributed.global_state.client
+        client = client_of_service()
         assert client is not None  # there is one wherever there are many processes
         client.wait_at_barrier(f"lm/first/{next(_FIRSTS)}", _MOST_PATIENCE * 1000)
         message = gather("" if error is None else f"!{error}")[0]

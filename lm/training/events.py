@@ -39,15 +39,25 @@ class Events:
         line = json.dumps({"time": at, "kind": kind, "step": step, **facts})
         with self._lock:
             self._waiting += line.encode() + b"\n"
-            try:
-                # Unbuffered: what a full disk took a part of is not written twice.
-                with self._path.open("ab", buffering=0) as file:
-                    self._waiting, trouble = append_lines(file, self._waiting)
-            except OSError as error:
-                trouble = error
-            if trouble:
-                why = trouble.strerror
+            if why := self._append():
                 logging.error("%s cannot be written (%s); its lines are kept and tried again", self._path, why)
+
+    def _append(self) -> str | None:
+        """Writes what waits; returns why not."""
+        try:
+            # Unbuffered: what a full disk took a part of is not written twice.
+            with self._path.open("ab", buffering=0) as file:
+                self._waiting, trouble = append_lines(file, self._waiting)
+        except OSError as error:
+            trouble = error
+        return None if trouble is None else trouble.strerror
+
+    def close(self) -> None:
+        """Tries once more to write what waits, and says how many events are lost; what comes later is still written."""
+        with self._lock:
+            if self._waiting and (why := self._append()):
+                logging.error("%s: its last %d event(s) are lost (%s)", self._path, self._waiting.count(b"\n"), why)
+                self._waiting = b""
 
 
 def read_events(workdir: pathlib.Path, kind: str | None = None) -> Iterator[dict[str, Any]]:

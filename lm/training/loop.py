@@ -12,7 +12,6 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 
@@ -37,26 +36,15 @@ from lm.training.checkpoints import Checkpoints, Restored
 from lm.training.diagnosis import find_first_bad
 from lm.training.events import Events
 from lm.training.health import Counters, Finished, Health, SickRunError, Verdict, read_saved
-from lm.training.logging import read_metrics
+from lm.training.measuring import Evaluate, Measuring
 from lm.training.order import Detours, PassedOver, chain
 from lm.training.recorder import Recorder
-from lm.training.state import TrainState, Tree
+from lm.training.state import TrainState
 from lm.training.step import means
 from lm.training.stopping import StoppedError, Stopping, stop_requested
 from lm.training.timeline import Timeline, age, read_seconds
 from lm.training.watchdog import Watchdog
 from lm.training.workdir import check_config, check_data, locked, open_workdir, read_starts, save_config, write_record
-
-
-class Evaluate(Protocol):
-    """Measures parameters on held-out data."""
-
-    def __call__(self, params: Tree, whole: bool, check: Callable[[], None] = ..., /) -> dict[str, float]:
-        """Returns held-out figures, "nll" among them, of some batches or the whole split; empty if there is no split.
-
-        `check` is called before each batch and may raise, which ends it.
-        """
-        ...
 
 
 class TrainLoop:
@@ -77,18 +65,18 @@ class TrainLoop:
         self.config = assembly.experiment
         self.batches = batches
         self.checkpoints = checkpoints
-        self.evaluate = evaluate
+        self.measuring = Measuring(self.config, workdir, evaluate)
         self.import_params = import_params
         self.workdir = workdir
         self.counters = Counters()
         self.step = 0
         self._timeline = Timeline(self.config.health.slow_factor) if timeline is None else timeline
+        self._timeline.expect("evaluate", self.config.evaluation.steps_worth(self.config.batch_size))
         self._events = Events(workdir, jax.process_index())
         self._health = Health(self.config.health, self._events, workdir)
         self._detours = Detours(workdir)
         # A step that asks for more than going on, and what it asks for.
         self._verdict: tuple[Verdict, Finished] | None = None
-        self._held_out: tuple[int, dict[str, float]] = (-1, {})
         self._agreement = Agreement(assembly)
         # Programs of several virtual CPU devices that are in flight together can starve each other of threads.
         on_cpu = parallel.platform_of(assembly.mesh) == "cpu"
@@ -126,7 +114,8 @@ class TrainLoop:
         """Trains to the last step and evaluates; returns False if it was asked to stop before."""
         self._stopping = Stopping(asked, self._agreement.any_process)
         self._recorder = Recorder(self.assembly, self.workdir, self.step, self._timeline)
-        watchdog = Watchdog(self._timeline, self._events, lambda: self.step, self._recorder.warn)
+        patience = self.config.health.first_patience
+        watchdog = Watchdog(self._timeline, self._events, lambda: self.step, self._recorder.warn, patience)
         box = [state]
         try:
             with (
@@ -134,7 +123,7 @@ class TrainLoop:
                 self._timeline.listening(),
                 watchdog.watching(),
             ):
-                if self._owes_evaluation() and self._evaluate(box[0], whole=False):
+                if self.measuring.is_owed(self.step) and self._evaluate(box[0], whole=False, again=True):
                     self._save(box[0])
                 finished = self._run_steps(box) and self._evaluate(box[0], whole=True)
                 self._save(box[0])
@@ -149,6 +138,7 @@ class TrainLoop:
                 self.checkpoints.wait()
             raise
         finally:
+            self._events.close()
             self._recorder.close()
 
     def _run_steps(self, box: list[TrainState]) -> bool:
@@ -237,7 +227,7 @@ class TrainLoop:
         box.append(self._go_on_from(found))
         self.batches.set_state(finished.data_state)
         self._recorder.go_back(to)
-        self._held_out = (-1, {})
+        self.measuring.forget()
         self._events.write("roll_back", finished.step, to_step=to, batches_passed_over=left_out)
         self._recorder.say(f"step {finished.step} was a spike: back to step {to}, passing over {left_out} batches")
 
@@ -263,48 +253,27 @@ class TrainLoop:
             self._verdict = (verdict, finished)
         self._recorder.stepped(step, values, self.counters, self.batches.statistics(), finished.order, last=last)
 
-    def _evaluation_is_due(self) -> bool:
-        every = self.config.evaluation.every
-        return every is not None and self.step % every == 0 and 0 < self.step < self.config.num_steps
-
-    def _owes_evaluation(self) -> bool:
-        """Returns whether the last start was stopped before it had evaluated the step at which this one begins."""
-        if not self._evaluation_is_due():
-            return False
-        lines = read_metrics(self.workdir / "metrics.jsonl")
-        done = any((line["split"], line["step"]) == ("validation", self.step) for line in lines)
-        return processes.gather("" if done else "owed")[0] == "owed"
-
     def _evaluate_and_save(self, state: TrainState) -> None:
-        if self._evaluation_is_due() and not self._evaluate(state, whole=False):
+        if self.measuring.is_due(self.step) and not self._evaluate(state, whole=False):
             return
         # The last step is saved after its evaluation, with its figures.
         if self.step % self.config.checkpoint.every == 0 and self.step < self.config.num_steps:
             self._save(state)
 
-    def _evaluate(self, state: TrainState, *, whole: bool) -> bool:
-        """Returns whether it came to its end; if the run is asked to stop, the next start does it instead."""
+    def _evaluate(self, state: TrainState, *, whole: bool, again: bool = False) -> bool:
+        """Returns whether it came to its end; if the run is asked to stop, the next start does it instead.
+
+        With `again`, or `whole`, its figures take the place of those that the step may have in the log already.
+        """
         with self._timeline.phase("evaluate"):
             try:
-                figures = self._measure(state, whole=whole)
+                figures = self.measuring.measure(self.step, state, self._stopping.check, whole=whole)
             except StoppedError:
                 return False
         if figures:
-            # Again: a finished run that is started again, or data that ended where an evaluation was due.
-            self._recorder.evaluated(self.step, figures, again=whole)
+            # Whole: a finished run that is started again, or data that ended where an evaluation was due.
+            self._recorder.evaluated(self.step, figures, again=again or whole)
         return True
-
-    def _measure(self, state: TrainState, *, whole: bool) -> dict[str, float]:
-        """Returns the held-out figures, and keeps those by which checkpoints are compared."""
-        params = state.params if state.average is None else state.average
-        figures = self.evaluate(params, whole, self._stopping.check)
-        compared = figures
-        if whole and self.config.checkpoint.keep_best and self.config.evaluation.num_batches is not None:
-            # Checkpoints are compared by the figures of the same batches.
-            compared = self.evaluate(params, False, self._stopping.check)
-        # Only now: asked to stop between the two, the checkpoint has no figures until the next start measures both.
-        self._held_out = (self.step, compared)
-        return figures
 
     def _save(self, state: TrainState) -> None:
         """Saves the state; of one that is saved already, the held-out figures that it was saved without."""
@@ -312,8 +281,7 @@ class TrainLoop:
             states = [json.loads(text) for text in processes.gather(json.dumps(self.batches.get_state()))]
             whole = merge_states(list({state["first"]: state for state in states}.values()))
             data = {"batches": whole, "counters": dataclasses.asdict(self.counters)}
-            figures = self._held_out[1] if self._held_out[0] == self.step else None
-            self.checkpoints.save(state, data, figures or None)
+            self.checkpoints.save(state, data, self.measuring.figures(self.step))
 
 
 def train(

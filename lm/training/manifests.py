@@ -101,6 +101,15 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any] | None:
     return found
 
 
+def lacks_metrics(folder: pathlib.Path) -> bool:
+    """Returns whether held-out figures can be added to a checkpoint, which was saved without."""
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return manifest is not None and not manifest.get("metrics")
+
+
 def find_damage(folder: pathlib.Path, share: tuple[int, int] = (0, 1), *, sizes_only: bool = False) -> str | None:
     """Returns which file of a checkpoint is not as it was written, and why; None if all are.
 

@@ -91,6 +91,7 @@ class Timeline:
         self._known: dict[str, collections.deque[float]] = collections.defaultdict(
             lambda: collections.deque(maxlen=_REMEMBERED)
         )
+        self._expected: dict[str, float] = {}
         self._began = self._mark = clock()
         self._step_seconds = 0.0
         self._before = 0.0
@@ -137,6 +138,24 @@ class Timeline:
         """Returns beyond how many seconds a phase is a stall; None while nobody can tell."""
         usual = self.median(phase)
         return None if usual is None else max(self._factor * usual, self._least)
+
+    def expect(self, phase: str, steps: float | None) -> None:
+        """Says as many steps as a phase certainly takes no longer than, its compilation apart; None tells nothing."""
+        if steps is not None:
+            self._expected[phase] = steps
+
+    def first_limit(self, phase: str) -> float | None:
+        """Returns beyond how many seconds a phase that has no usual time yet is slow; None while nobody can tell.
+
+        By the few times that it was done before; else by what is expected of it, and the compilations so far.
+        """
+        known, step = self._known[phase], self.median("step")
+        if phase not in _OF_A_STEP and known:
+            return max(self._factor * max(known), self._least)
+        if phase not in self._expected or step is None:
+            return None
+        compiling = sum(self._known["compile"])
+        return max(self._factor * (self._expected[phase] * step + compiling), self._least)
 
     def compiled(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         """Listens to jax: a compilation inside a step other than a process's first is one too many."""

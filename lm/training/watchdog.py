@@ -16,8 +16,6 @@ from lm.training.events import Events
 from lm.training.timeline import Place, Timeline
 from lm.training.whereabouts import Whereabouts
 
-# How long a phase may last of which nothing is known yet: a first compilation, a first evaluation.
-PATIENCE_SECONDS = 600.0
 # Lines of the stack that are shown.
 _DEPTH = 8
 # Seconds that the thread may take to end.
@@ -32,6 +30,7 @@ class Watchdog:
       events: where reports go besides stderr.
       step: tells the loop's step.
       say: prints a line.
+      patience: seconds for which a phase may last of which nothing is known yet.
       whereabouts: of all processes; None is those of this run.
     """
 
@@ -41,9 +40,11 @@ class Watchdog:
         events: Events,
         step: Callable[[], int],
         say: Callable[[str], None],
+        patience: float,
         whereabouts: Whereabouts | None = None,
     ) -> None:
         self._timeline, self._events, self._step, self._say = timeline, events, step, say
+        self._patience = patience
         self._whereabouts = Whereabouts() if whereabouts is None else whereabouts
         self._thread_id = threading.get_ident()
         self._reported = (-1, 0.0)
@@ -55,7 +56,10 @@ class Watchdog:
         place = self._timeline.place
         seconds = self._timeline.clock() - place.since
         self._whereabouts.sign(self._step() + 1, place.phase, seconds)
-        limit = self._timeline.limit(place.phase) or PATIENCE_SECONDS
+        limit = self._timeline.limit(place.phase)
+        if limit is None:
+            # What is expected may be far off, and is no reason to keep quiet for longer than the user would.
+            limit = min(self._timeline.first_limit(place.phase) or self._patience, self._patience)
         number, at = self._reported
         if seconds <= (2 * at if number == place.number else limit):
             return False
@@ -74,15 +78,21 @@ class Watchdog:
         )
         self._events.write("recompiled", self._step() + 1, recompilations=self._timeline.recompilations)
 
+    def _compare(self, phase: str) -> str:
+        usual, first = self._timeline.median(phase), self._timeline.first_limit(phase)
+        if usual is not None:
+            return f"a usual one takes {usual:.3g} s"
+        known = "nothing is known of what is usual" if first is None else f"{first:.3g} s would be much"
+        return f"it is one of the first of its kind, {known}"
+
     def _report(self, place: Place, seconds: float) -> None:
         usual = self._timeline.median(place.phase)
         frame = sys._current_frames().get(self._thread_id)
         stack = [] if frame is None else [line.rstrip() for line in traceback.format_stack(frame)[-_DEPTH:]]
-        compared = "it has no usual time yet" if usual is None else f"a usual one takes {usual:.3g} s"
         others = self._whereabouts.read()
         self._say(
-            f"slow: step {self._step() + 1} is in phase {place.phase} for {seconds:.1f} s; {compared}. The program "
-            "stands at:\n" + "\n".join([*stack, *map(str, others)])
+            f"slow: step {self._step() + 1} is in phase {place.phase} for {seconds:.1f} s; "
+            f"{self._compare(place.phase)}. The program stands at:\n" + "\n".join([*stack, *map(str, others)])
         )
         facts = {"phase": place.phase, "seconds": seconds, "usual_seconds": usual, "stack": stack}
         if others:

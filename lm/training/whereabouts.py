@@ -14,8 +14,7 @@ from typing import Protocol
 
 import jax
 
-# jax has no public door to the store that its processes share.
-from jax._src import distributed
+from lm.parallel.service import client_of_service
 
 _FOLDER = "lm/where"
 # Signs that the service of a run of many processes takes in one second.
@@ -77,7 +76,7 @@ class Whereabouts:
         number: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store = distributed.global_state.client if store is None else store
+        self._store: Store | None = client_of_service() if store is None else store
         self._process = jax.process_index() if process is None else process
         self._number = jax.process_count() if number is None else number
         self._clock = clock

@@ -1,6 +1,7 @@
 """The loop as a whole: what a second start, data that end or fail, and other weights leave behind."""
 
 import builtins
+import contextlib
 import dataclasses
 import errno
 import io
@@ -245,6 +246,34 @@ def test_asked_to_stop_in_an_evaluation_it_saves_and_the_next_start_evaluates(tm
     assert list(_compared(tmp_path / "asked")) == [4]
 
 
+class Killed(BaseException):
+    """Caught by nothing, as SIGKILL is."""
+
+
+def test_killed_between_the_figures_and_the_checkpoint_it_gets_them_at_the_next_start(tmp_path, corpus, monkeypatch):
+    evaluation = EvaluationConfig(every=2, num_batches=2)
+    checkpoint = CheckpointConfig(every=2, keep_last=2, keep_best=1)
+    run = tiny(corpus, num_steps=3, evaluation=evaluation, checkpoint=checkpoint)
+    _asked_in_batch(monkeypatch, 1)
+    assert not train(run, str(tmp_path), make_evaluate)
+    assert _compared(tmp_path) == {2: None}
+
+    def killed(*_):
+        raise Killed
+
+    _asked_in_batch(monkeypatch, -1)
+    monkeypatch.setattr(checkpoints_module, "add_metrics", killed)
+    with pytest.raises(Killed):
+        train(run, str(tmp_path), make_evaluate)
+    monkeypatch.undo()
+    (line,) = _lines(tmp_path, "validation")
+    assert _compared(tmp_path) == {2: None}
+    assert train(run, str(tmp_path), make_evaluate)
+    first, last = _lines(tmp_path, "validation")
+    assert (first, last["step"]) == (line, 3)
+    assert _compared(tmp_path)[2]["nll"] == first["nll"]
+
+
 def _turn_read_only(monkeypatch, folder):
     """Makes every change below a folder fail, in files that are open too; what was open for reading stays readable."""
     refusal = OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -329,3 +358,46 @@ def test_events_that_the_disk_does_not_take_wait_for_the_next_try(tmp_path, capl
     events.write("slow", 5)
     assert [event["step"] for event in read_events(tmp_path / "gone")] == [1, 2, 3, 4, 5]
     assert "damaged" not in caplog.text
+
+
+def test_events_that_wait_at_the_end_are_tried_once_more_and_those_that_are_lost_are_counted(tmp_path, caplog):
+    events = Events(tmp_path / "gone")
+    events.close()
+    events.write("slow", 1)
+    events.write("slow", 2)
+    events.close()
+    assert "events.jsonl: its last 2 event(s) are lost (No such file or directory)" in caplog.text
+    events.write("slow", 3)
+    (tmp_path / "gone").mkdir()
+    events.close()
+    assert [event["step"] for event in read_events(tmp_path / "gone")] == [3]
+
+
+@pytest.mark.parametrize("end", ["stopped", "broken"])
+def test_every_way_out_of_a_run_closes_its_events(tmp_path, corpus, monkeypatch, end):
+    opened, closed = [], []
+    close, init = Events.close, Events.__init__
+
+    def opening(self, *args):
+        init(self, *args)
+        opened.append(self)
+
+    def closing(self):
+        close(self)
+        closed.append(self)
+
+    def make_ending_evaluate(assembly):
+        def evaluate(params, whole, check):
+            if end == "broken":
+                raise RuntimeError("a bug")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return check() or {}
+
+        return evaluate
+
+    monkeypatch.setattr(Events, "__init__", opening)
+    monkeypatch.setattr(Events, "close", closing)
+    with pytest.raises(RuntimeError) if end == "broken" else contextlib.nullcontext():
+        train(tiny(corpus, num_steps=1), str(tmp_path / "run"), make_ending_evaluate)
+    assert len(opened) == 1
+    assert closed == opened

@@ -6,15 +6,17 @@ import pytest
 
 from lm.training.events import Events, read_events
 from lm.training.timeline import Timeline
-from lm.training.watchdog import PATIENCE_SECONDS, Watchdog
+from lm.training.watchdog import Watchdog
 from tests.training.test_timeline import Clock, _spend, _steps
+
+PATIENCE = 120.0
 
 
 @pytest.fixture
 def watched(tmp_path):
     clock, said = Clock(), []
     timeline = Timeline(clock=clock)
-    return clock, timeline, Watchdog(timeline, Events(tmp_path), lambda: 6, said.append), said
+    return clock, timeline, Watchdog(timeline, Events(tmp_path), lambda: 6, said.append, PATIENCE), said
 
 
 def _hang_here(watchdog):
@@ -42,14 +44,46 @@ def test_a_step_of_ten_medians_is_reported_once_with_its_place(watched, tmp_path
     assert "step 7 is in phase data for 10.1 s; a usual one takes 1 s" in said[0]
 
 
-def test_what_has_no_usual_time_is_given_ten_minutes(watched):
+def test_what_has_no_usual_time_is_told_by_the_limit_of_the_config_and_each_time_it_doubled(watched):
     clock, timeline, watchdog, said = watched
     with timeline.phase("compile"):
-        clock.now += PATIENCE_SECONDS - 1
+        clock.now += PATIENCE - 1
         assert not watchdog.look()
         clock.now += 2
         assert watchdog.look()
-    assert "no usual time yet" in said[0]
+        clock.now += PATIENCE
+        assert not watchdog.look()
+        clock.now += 3
+        assert watchdog.look()
+    assert "phase compile for 121.0 s; it is one of the first of its kind, nothing is known of what is usual" in said[0]
+
+
+def test_a_first_evaluation_is_measured_by_its_batches_and_a_second_by_the_first(watched):
+    clock, timeline, watchdog, said = watched
+    _spend(timeline, clock, "compile", 2)
+    _steps(timeline, clock, 10, 0.05, 0.05)
+    timeline.expect("evaluate", 8)
+    with timeline.phase("evaluate"):
+        clock.now += 10 * (8 * 0.1 + 2) - 0.1  # ten times its eight steps and a compilation as long as the step's
+        assert not watchdog.look()
+        clock.now += 0.2
+        assert watchdog.look()
+    assert "it is one of the first of its kind, 28 s would be much" in said[0]
+    timeline.expect("evaluate", 10_000)
+    other = Timeline(clock=clock)
+    _steps(other, clock, 10)
+    other.expect("evaluate", 10_000)
+    late = Watchdog(other, watchdog._events, lambda: 6, said.append, PATIENCE)
+    with other.phase("evaluate"):
+        clock.now += PATIENCE + 1  # an estimate of a day and more keeps nobody quiet
+        assert late.look()
+    _spend(other, clock, "save", 3)
+    with other.phase("save"):
+        clock.now += 29
+        assert not late.look()
+        clock.now += 2
+        assert late.look()
+    assert len(said) == 3
 
 
 def test_an_evaluation_is_compared_with_evaluations(watched):
@@ -84,7 +118,7 @@ def test_the_thread_looks_by_itself_and_ends(tmp_path):
         with timeline.phase("step"):
             time.sleep(0.001)
         timeline.step_done()
-    with Watchdog(timeline, Events(tmp_path), lambda: 5, said.append).watching(0.005), timeline.phase("step"):
+    with Watchdog(timeline, Events(tmp_path), lambda: 5, said.append, PATIENCE).watching(0.005), timeline.phase("step"):
         deadline = time.monotonic() + 20
         while not said and time.monotonic() < deadline:
             time.sleep(0.005)
