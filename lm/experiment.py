@@ -292,7 +292,7 @@ class Experiment:
         kernel = self.model.attention.kernel
         if kernel.causal_only or (self.model.layout == "decoder" and not kernel.reads_flags):
             name = type(kernel).__name__
-            found.append(f"{ahead}, which model.attention.kernel {name} cannot: use the kernel Plain")
+            found.append(f"{ahead}, which model.attention.kernel {name} cannot: use the kernel Chunked or Plain")
         if not self.model.tells_order:
             found.append(
                 f"{ahead}, and model.positions {type(self.model.positions).__name__} tells no order but by a causal "

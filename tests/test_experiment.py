@@ -40,7 +40,10 @@ CLASHES = [
     (changed("GLM", "Decoder", "model", num_block_positions=8), ["GLM", "num_block_positions is 8", "64"]),
     (changed("Causal", "Decoder", "model", num_block_positions=64), ["Causal", "num_block_positions", "set it to 0"]),
     (changed("PrefixLM", "Decoder", "model", attention=KERNEL), ["PrefixLM", "ahead", "CausalKernel"]),
-    (changed("PrefixLM", "Decoder", "model", attention=MultiHead(kernel=Auto())), ["PrefixLM", "ahead", "Auto"]),
+    (
+        changed("PrefixLM", "Decoder", "model", attention=MultiHead(kernel=Auto())),
+        ["PrefixLM", "ahead", "Auto", "Chunked or Plain"],
+    ),
     (changed("MaskedLM (ROBERTA)", "Encoder", "model", attention=KERNEL), ["Encoder", "CausalKernel"]),
     (changed("SpanCorruption", "EncoderDecoder", "model", attention=KERNEL), ["EncoderDecoder", "CausalKernel"]),
     (changed("Causal", "Decoder", "model", vocab_size=310), ["vocab_size 310", "311"]),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lm.config import ConfigError, override
 from lm.experiment import Experiment
-from lm.models import Chunked, Plain
+from lm.models import Blocked, Chunked, Plain
 from lm.optim import AdamW
 from lm.parallel import MESH_AXES, MeshConfig
 from lm.parallel.hardware import Hardware
@@ -60,7 +60,7 @@ def savings(experiment: Experiment) -> Iterator[tuple[str, ...]]:
         yield (changes := (*changes, "config.loss.chunk=1024"))
     if model.remat != "full":
         yield (changes := (*changes, "config.model.remat=full"))
-    if isinstance(attention.kernel, Plain) and not attention.dropout_rate and length > Chunked().chunk:
+    if isinstance(attention.kernel, Plain | Blocked) and not attention.dropout_rate and length > Chunked().chunk:
         yield (changes := (*changes, "config.model.attention.kernel=Chunked"))
     rows = experiment.batch_size // experiment.num_microbatches
     for pieces in halvings(rows):

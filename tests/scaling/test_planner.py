@@ -14,7 +14,7 @@ from lm.scaling import report
 from lm.scaling.compiled import compile_step
 from lm.scaling.planner import make_plan
 from lm.scaling.step import abstract_mesh, describe_step
-from lm.scaling.suggestions import mesh_overrides, suggest
+from lm.scaling.suggestions import mesh_overrides, savings, suggest
 
 V5P = HARDWARE["v5p"]
 NAMES = ["decoder on fsdp x tensor", "encoder on fsdp", "encoder_decoder on fsdp", "experts on fsdp"]
@@ -116,6 +116,13 @@ def test_a_mesh_is_named_by_what_differs_from_the_runs_own():
     fsdp, tensor = MeshConfig(data=1, fsdp=8), MeshConfig(data=1, fsdp=1, tensor=8)
     assert mesh_overrides(tensor, fsdp) == ("config.mesh.fsdp=1", "config.mesh.tensor=8")
     assert mesh_overrides(fsdp, fsdp) == ()
+
+
+@pytest.mark.parametrize("kernel", ["Plain", "Blocked"])
+def test_a_kernel_that_holds_scores_at_once_is_exchanged(kernel):
+    changes = {"model.max_length": "1024", "data.sequence_length": "1024", "model.attention.kernel": kernel}
+    overrides = savings(override(cases()["decoder on data"], changes))
+    assert any("config.model.attention.kernel=Chunked" in tried for tried in overrides)
 
 
 def test_state_moves_or_shrinks_when_nothing_cheaper_fits():
