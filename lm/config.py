@@ -199,7 +199,9 @@ def _parse_one(hint: Any, text: str, current: Any) -> Any:
     if hint is bool and lowered in ("true", "false", "1", "0"):
         return lowered in ("true", "1")
     if hint is int:
-        number = float(text) if re.fullmatch(r"[\d.]+e\d+", lowered) else int(text.replace("_", ""))
+        if not re.fullmatch(r"[\d.]+e\d+", lowered):
+            return int(text.replace("_", ""))
+        number = float(text)
         return int(number) if math.isfinite(number) and number == int(number) else _refuse(text)
     if hint is float:
         return _refuse(text) if math.isnan(float(text)) else float(text)

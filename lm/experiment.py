@@ -215,6 +215,9 @@ class Experiment:
         for section in sections:
             found += section.problems()
         found += self.optimizer.problems(self.num_steps)
+        for name in ("seed", "num_steps", "batch_size"):
+            if not -(2**31) <= getattr(self, name) < 2**31:
+                found.append(f"{name} {str(getattr(self, name))[:20]}... is counted in 32 bits: at most {2**31 - 1}")
         if self.num_microbatches > 0 and self.batch_size % self.num_microbatches:
             found.append(f"num_microbatches {self.num_microbatches} does not divide batch_size {self.batch_size}")
         found += self.clashes() + self._keeping_clashes()

@@ -95,6 +95,7 @@ def test_any_json_is_read_or_refused_in_words(data):
         ("shape.radius", "2.5", Picture(shape=Circle(radius=2.5))),
         ("sizes", "3,4", Picture(sizes=(3, 4))),
         ("sizes", "1e3", Picture(sizes=(1000,))),
+        ("sizes", "9" * 400, Picture(sizes=(10**400 - 1,))),
         ("mode", "light", Picture(mode="light")),
         ("framed", "true", Picture(framed=True)),
         ("title", "none", Picture(title=None)),

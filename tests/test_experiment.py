@@ -70,6 +70,12 @@ def test_a_causal_kernel_serves_a_causal_model():
     assert changed("Causal", "Decoder", "model", attention=KERNEL).problems() == []
 
 
+@pytest.mark.parametrize("name", ["seed", "num_steps", "batch_size"])
+def test_a_number_that_the_devices_cannot_count_is_refused(name):
+    run = dataclasses.replace(changed("Causal", "Decoder", "model"), **{name: 10**400})
+    assert any(line.startswith(f"config.{name} ") and "32 bits" in line for line in run.problems())
+
+
 def test_every_clash_is_listed_at_once():
     run = changed("MaskedLM (BERT)", "Encoder", "model", num_classes=0, num_token_types=0, vocab_size=100)
     run = dataclasses.replace(run, batch_size=0, data=dataclasses.replace(run.data, encoder_length=8))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from lm.models.layers import Parameter
+from lm.parallel import shapes_only
 
 if TYPE_CHECKING:
     from lm.models.transformer import Transformer
@@ -102,6 +103,8 @@ def cache_bytes_per_token(config: "Transformer") -> int:
     """Counts the bytes that each token of a decoder adds to the cache, all layers, in the compute dtype.
 
     As the cache is laid out here: every layer keeps every position, also one with a window. An encoder has none.
+    On CPUs keys and values are float32 whatever is computed in.
     """
-    slot = jax.eval_shape(lambda: config.attention.init_cache(config, 1, 1))
+    with shapes_only():
+        slot = jax.eval_shape(lambda: config.attention.init_cache(config, 1, 1))
     return config.decoder_depth * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))

@@ -18,7 +18,8 @@ from lm.models.context_parallel import Gather, Heads, Ring, Ulysses, attend
 from lm.models.initializers import Constant
 from lm.models.kernels import Auto, Cudnn, Splash
 from lm.models.layers import Einsum, Norm, declare, fold
-from lm.parallel import constrain
+from lm.models.products import FEWEST_ROWS
+from lm.parallel import constrain, is_on_cpu
 
 if TYPE_CHECKING:
     from lm.models.transformer import Layer, Transformer
@@ -47,6 +48,12 @@ class Context(NamedTuple):
 
 
 Cache = dict[str, Any] | None
+
+
+def _alike(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries, keys and values in one dtype: the cache's for few queries, else that of the queries."""
+    dtype = k_BSKH.dtype if q_BTNH.shape[1] < FEWEST_ROWS else q_BTNH.dtype
+    return q_BTNH.astype(dtype), k_BSKH.astype(dtype), v_BSKH.astype(dtype)
 
 
 def _swap(x_BSKH: jax.Array) -> jax.Array:
@@ -87,12 +94,14 @@ class MultiHead:
         return MultiHeadAttention(self, config, layer, causal, cross, gain, name=name)
 
     def init_cache(self, config: "Transformer", batch_size: int, length: int) -> dict[str, jax.Array]:
-        """Returns zeros for one layer's keys and values, each [B, K, S, H] in the compute dtype.
+        """Returns zeros for one layer's keys and values, each [B, K, S, H] in the compute dtype; on CPUs f32.
 
         Heads come before slots, as the products over a head's slots want it: nothing is transposed for a token.
+        XLA:CPU converts a whole bfloat16 array to float32 and back to write one slot of it.
         """
         shape = (batch_size, config.sizes["K"], length, config.sizes["H"])
-        return {"key": jnp.zeros(shape, config.compute_dtype), "value": jnp.zeros(shape, config.compute_dtype)}
+        dtype = jnp.float32 if is_on_cpu() else config.compute_dtype
+        return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
     def rotated_width(self, config: "Transformer") -> int:
         """Returns how many channels of a head a rotation of positions sees."""
@@ -190,7 +199,8 @@ class MultiHeadAttention(nn.Module):
         if cache is None:
             out_BTNH = attend(settings.context_parallel, settings.kernel, (q_BTNH, k_BSKH, v_BSKH), layout, scoring)
         else:
-            out_BTNH = settings.kernel.portable().attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
+            arrays = _alike(q_BTNH, k_BSKH, v_BSKH)
+            out_BTNH = settings.kernel.portable().attend(*arrays, layout, scoring).astype(q_BTNH.dtype)
         out_BTNH = constrain(out_BTNH, "batch", "length", "activation_heads", None)
         output = Einsum("BTNH,NHD->BTD", config, settings.use_output_bias, residual=True, scale=self.gain, name="out")
         return output(out_BTNH), cache

@@ -182,6 +182,12 @@ def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
     return None if devices is None else devices.flat[0].platform
 
 
+def is_on_cpu() -> bool:
+    """Returns whether the devices of the mesh in force are CPUs; False without a mesh, or with one without devices."""
+    scope = _SCOPES[-1] if _SCOPES else None
+    return scope is not None and platform_of(scope.mesh) == "cpu"
+
+
 def by_platform(*operands: Any, cpu: Callable[..., Any], default: Callable[..., Any]) -> Any:
     """Returns `cpu(*operands)` or `default(*operands)`, by the devices that the program is for.
 

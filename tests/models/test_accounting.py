@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from lm import models
+from lm import models, parallel
 from lm.models import accounting
 
 DECODER = models.Decoder(
@@ -103,6 +103,14 @@ def test_of_experts_only_the_selected_are_active():
 def test_dense_models_are_all_active_and_sequences_are_their_tokens():
     assert DECODER.num_active_parameters() == DECODER.num_parameters()
     assert DECODER.flops_per_example(100) == 100 * DECODER.flops_per_token(100)
+
+
+def test_a_cache_on_cpus_is_float32():
+    """Where the mesh has CPUs: of bfloat16, XLA would convert the whole to write one slot."""
+    config = dataclasses.replace(DECODER, dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in config.attention.init_cache(config, 1, 2).values()} == {"float32"}
+    with parallel.shapes_only():
+        assert {leaf.dtype.name for leaf in config.attention.init_cache(config, 1, 2).values()} == {"bfloat16"}
 
 
 def test_bytes_of_cache():
