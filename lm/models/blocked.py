@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.models.attention import Features, Layout, Plain, Scoring, Side
-from lm.parallel import is_divided, num_shards
+from lm.models.products import is_length_divided
 
 # Two hundred blocks of one layer take minutes to compile; 32 leave out 48 % of the scores, of 50.
 MOST = 32
@@ -37,8 +37,8 @@ class Blocked:
         self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, layout: Layout, scoring: Scoring
     ) -> jax.Array:
         """Returns [B, T, N, H of values] in the dtype of the queries; row t of both sides is at slot t."""
-        length, divided = q_BTNH.shape[1], is_divided() and num_shards("length") > 1
-        if not layout.causal or k_BSKH.shape[1] != length or length < self.blocks or divided:
+        length = q_BTNH.shape[1]
+        if not layout.causal or k_BSKH.shape[1] != length or length < self.blocks or is_length_divided():
             return Plain().attend(q_BTNH, k_BSKH, v_BSKH, layout, scoring)
         ends, results = [length * (i + 1) // self.blocks for i in range(self.blocks)], []
         for start, end in zip([0, *ends], ends, strict=False):

@@ -145,7 +145,7 @@ def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
     summed = "".join(letter for letter in plan.left if letter in plan.right and letter not in plan.result)
     own = "".join(letter for letter in plan.right if letter not in plan.left)
     shape = left.shape[: left.ndim - len(summed)]
-    if _is_length_divided():
+    if is_length_divided():
         equation = f"{plan.left},{plan.right}->{plan.left[: len(shape)]}{own}"
         return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
     if len(summed) > 1:
@@ -161,7 +161,7 @@ def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
     return product.reshape(*shape, *(sizes[letter] for letter in own))
 
 
-def _is_length_divided() -> bool:
+def is_length_divided() -> bool:
     """Returns whether devices divide sequences: rows and positions, both divided, would be gathered as one axis."""
     return is_divided() and num_shards("length") > 1
 
