@@ -57,8 +57,12 @@ def test_a_whole_comparison_agrees_on_losses_and_tokens(tmp_path):
     """Same weights and rows: the first losses and the greedy tokens are those of `transformers`."""
     if not HAS_PEERS:
         pytest.skip("torch and transformers are not installed")
-    train = subjects.TrainStep(TINY, Rows(2, 16, 64)).compare("t", "float32", ["transformers"], tmp_path / "a")
-    generate = subjects.Generation(TINY, Rows(2, 16, 64), 4).compare("g", "float32", ["transformers"], tmp_path / "b")
+    train = subjects.TrainStep(TINY, Rows(2, 16, 64)).compare(
+        "t", "float32", {"transformers": sys.executable}, tmp_path / "a"
+    )
+    generate = subjects.Generation(TINY, Rows(2, 16, 64), 4).compare(
+        "g", "float32", {"transformers": sys.executable}, tmp_path / "b"
+    )
     eager = dataclasses.replace(train, contenders=train.contenders[:2])
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
