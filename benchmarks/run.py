@@ -61,6 +61,7 @@ def _check() -> list[str]:
         if peer == "maxtext":
             if _SUITE.value == "gpu":
                 raise UserError("--against: maxtext is compared on CPUs; leave it out of --suite=gpu")
+            _maxtext_versions(_pythons()[peer])
         elif importlib.util.find_spec(peer) is None:
             raise UserError(f"--against: {peer} is not installed; leave it out or pip install -e .[oracle]")
     for dtype in _DTYPES.value:
