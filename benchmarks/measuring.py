@@ -5,18 +5,25 @@ ratios within a round, so that what else the machine does falls on all of them; 
 compile, are timed apart.
 """
 
+import contextlib
 import dataclasses
+import importlib
 import multiprocessing
 import os
+import pathlib
 import resource
 import statistics
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 MATMUL = "matmul"
 MEBIBYTE = 2**20
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Sample(NamedTuple):
@@ -42,6 +49,22 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
+class Named:
+    """A function by name: its module needs what only the process that calls it has, and imports.
+
+    Attributes:
+      module: where it is.
+      function: in it.
+    """
+
+    module: str
+    function: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return getattr(importlib.import_module(self.module), self.function)(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
 class Contender:
     """One side of a comparison.
 
@@ -49,40 +72,45 @@ class Contender:
       name: for the table.
       make: makes its work, in its own process; a function of a module.
       arguments: of `make`.
+      python: runs the process; another than ours needs no package that `make` does not.
     """
 
     name: str
     make: Callable[..., Work]
     arguments: tuple[Any, ...]
+    python: str = sys.executable
 
 
 class ContenderError(Exception):
     """A contender could not be made or run; the message is its last line."""
 
 
-def _serve(connection: Any, contender: Contender) -> None:
-    """Runs in the contender's process: does what it is told, and answers with a Sample."""
+def serve(descriptor: int) -> None:
+    """Runs in the contender's process: receives the contender, does what it is told, and answers with a Sample."""
+    connection, name = Connection(descriptor), "contender"
     try:
+        contender = connection.recv()
+        name = contender.name
         work = contender.make(*contender.arguments)
         product, flops = work.matmul
         parts = {**work.parts, MATMUL: lambda: flops / min(_clock(product) for _ in range(5))}
         product()
         connection.send(None)
         while True:
-            name = connection.recv()
-            if name is None:
+            part = connection.recv()
+            if part is None:
                 facts = {k: v() if callable(v) else v for k, v in work.facts.items()}
                 connection.send({"resident_bytes": peak_resident_bytes(), **facts})
                 return
             started, processor = time.perf_counter(), time.process_time()
-            result = parts[name]()
+            result = parts[part]()
             sample = Sample(time.perf_counter() - started, time.process_time() - processor)
             connection.send((sample, result if isinstance(result, float | int) else None))
     except EOFError:
         return
     except Exception as error:
         last = traceback.format_exc().strip().splitlines()[-1]
-        connection.send(ContenderError(f"{contender.name}: {last} ({type(error).__name__})"[:300]))
+        connection.send(ContenderError(f"{name}: {last} ({type(error).__name__})"[:300]))
 
 
 def _clock(function: Callable[[], Any]) -> float:
@@ -106,11 +134,18 @@ class Worker:
           ContenderError: it could not be made.
         """
         self.contender = contender
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, contender), daemon=True)
-        self._process.start()
+        self._connection, theirs = multiprocessing.Pipe()
+        serving = f"from benchmarks import measuring; measuring.serve({theirs.fileno()})"
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [contender.python, "-c", serving],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,  # what a library prints belongs in no table
+        )
         theirs.close()
+        with contextlib.suppress(ConnectionError):  # _receive says how it ended
+            self._connection.send(contender)
         self._receive()
 
     def run(self, part: str) -> tuple[Sample, float | None]:
@@ -126,22 +161,24 @@ class Worker:
         """Ends the process and returns its facts."""
         self._connection.send(None)
         facts = self._receive()
-        self._process.join()
+        self._process.wait()
         return facts
 
     def stop(self) -> None:
         """Ends the process whatever it does."""
         self._process.kill()
-        self._process.join()
+        self._process.wait()
 
     def _receive(self) -> Any:
         try:
             answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
-            self._process.join(10)
-            why = f"its process ended with status {self._process.exitcode}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+            why = f"its process ended with status {self._process.returncode}"
             raise ContenderError(f"{self.contender.name}: {why}") from error
         if isinstance(answer, ContenderError):
+            self.stop()
             raise answer
         return answer
 

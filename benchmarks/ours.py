@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.device import matmul, memory
 from benchmarks.measuring import Work
 from benchmarks.rows import Rows
 from lm import interop, parallel
@@ -22,19 +23,6 @@ from lm.models.transformer import Transformer
 from lm.optim import AdamW, Constant, OptimizerConfig, build_optimizer
 from lm.training.state import TrainState, init_state
 from lm.training.step import make_train_step
-
-
-def matmul(dtype: str) -> tuple[Any, float]:
-    """Returns a function that multiplies two square matrices, summing in float32, and its operations."""
-    size = 1024 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    return lambda: product(a, a).block_until_ready(), 2.0 * size**3
-
-
-def memory() -> dict[str, Any]:
-    """Returns the most bytes the device has had, where the backend counts them."""
-    return {"device_bytes": lambda: (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")}
 
 
 def make_batch(rows: Rows, *, bidirectional: bool) -> Batch:
