@@ -184,9 +184,12 @@ class Decoder:
         """Draws the next token of each row from its hidden state."""
         logits_BV = self.model.logits(params, hidden_B1D)[:, 0].astype(jnp.float32)
         keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(state.key, row), state.step))(state.rows)
-        allowed_V = jnp.arange(logits_BV.shape[1]) < (logits_BV.shape[1] if self.num_ids is None else self.num_ids)
-        allowed_V = allowed_V.at[jnp.asarray(self.banned_ids, jnp.int32)].set(False)
-        drawn = self.sampling.sample(jnp.where(allowed_V[None], logits_BV, -jnp.inf), keys)
+        choices_BV = logits_BV
+        if self.num_ids is not None or self.banned_ids:
+            allowed_V = jnp.arange(logits_BV.shape[1]) < (logits_BV.shape[1] if self.num_ids is None else self.num_ids)
+            allowed_V = allowed_V.at[jnp.asarray(self.banned_ids, jnp.int32)].set(False)
+            choices_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
+        drawn = self.sampling.sample(choices_BV, keys)
         token = jnp.where(state.done, 0, drawn)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits_BV, axis=1), token[:, None], axis=1)
         log_prob = jnp.where(state.done[:, None], 0.0, log_prob)
