@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.measuring import Work
+from benchmarks.measuring import COPY, Work, best_speed
 from benchmarks.rows import Rows
 from lm import interop, parallel
 from lm.batch import Batch
@@ -27,9 +27,23 @@ from lm.training.step import make_train_step
 def matmul(dtype: str) -> tuple[Any, float]:
     """Returns a function that multiplies two square matrices, summing in float32, and its operations."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((size, size), dtype)
+    # Not ones: a GPU multiplies what never changes at a higher clock.
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     return lambda: product(a, a).block_until_ready(), 2.0 * size**3
+
+
+def copy() -> float:
+    """Returns bytes/s of reading and writing an array that is larger than any cache."""
+    x, add = jnp.zeros(2**26, jnp.float32), jax.jit(lambda x: x + 1, donate_argnums=0)
+
+    def pass_over() -> None:
+        nonlocal x
+        for _ in range(4):  # so that a GPU is waited for once
+            x = add(x)
+        x.block_until_ready()
+
+    return best_speed(pass_over, 4 * 2 * x.nbytes)
 
 
 def memory() -> dict[str, Any]:
@@ -114,7 +128,9 @@ def train_work(model: Transformer, rows: Rows, folder: str | None) -> Work:
 
     if folder is not None:
         save_first_weights(model, folder)
-    return Work({"step": step}, matmul(model.dtype), memory())
+    # Whether XLA was given cuDNN's kernel, which the kernel Auto takes on GPUs where it can.
+    facts = {**memory(), "cudnn_attention": lambda: "fmha" in box[0].compiled.as_text()}
+    return Work({"step": step}, matmul(model.dtype), facts)
 
 
 def save_first_weights(model: Transformer, folder: str | None) -> Any:
@@ -146,4 +162,4 @@ def generate_work(model: Transformer, rows: Rows, new_tokens: int, folder: str |
             made["tokens"] = decoder.generate(params, prompts).tokens
 
     facts = {**memory(), "tokens": lambda: made["tokens"].tolist()}
-    return Work({"prompt": read, "whole": whole}, matmul(model.dtype), facts)
+    return Work({"prompt": read, "whole": whole, COPY: copy}, matmul(model.dtype), facts)

@@ -3,27 +3,24 @@
 import dataclasses
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
 from benchmarks import measuring, memory, ours, subjects
-from benchmarks.measuring import Comparison, Contender, Row, Sample, Work, lines
+from benchmarks.measuring import Comparison, Contender
+from benchmarks.results import Record, Row, Sample, lines
 from benchmarks.rows import Rows
+from lm.models import accounting
+from tests.benchmarks import contenders
 
 TINY = dataclasses.replace(
     subjects.CPU["train-tiny"].model, vocab_size=64, num_layers=1, model_dim=32, num_heads=2, mlp_dim=32, max_length=32
 )
 HAS_PEERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
-
-
-def _count(total):
-    return Work({"step": lambda: float(total)}, (lambda: None, 1e6), {"total": total})
-
-
-def _fails():
-    raise ValueError("no such kernel")
 
 
 def _run(*flags):
@@ -33,14 +30,49 @@ def _run(*flags):
 
 def test_contenders_take_turns_and_a_broken_one_is_left_out():
     said = []
-    contenders = (*tuple(Contender(str(n), _count, (n,)) for n in (1, 2)), Contender("broken", _fails, ()))
-    rows = Comparison("s", "float32", contenders, {"step": (10, 1e3)}).measure(2, said.append)
+    some = (*(Contender(str(n), contenders.counts, (n,)) for n in (1, 2)), Contender("broken", contenders.fails, ()))
+    rows = Comparison("s", "float32", some, {"step": (10, 1e3)}).measure(2, said.append)
     assert [(row.who, row.first_result, row.facts["total"], len(row.samples)) for row in rows] == [
         ("1", 1.0, 1, 2),
         ("2", 2.0, 2, 2),
     ]
     assert len(said) == 1
     assert "broken: ValueError: no such kernel" in said[0]
+
+
+def test_what_finds_no_memory_beside_the_others_runs_alone_after_them(tmp_path):
+    said, kept = [], []
+    some = (
+        Contender("1", contenders.counts, (1,)),
+        Contender("large", contenders.fills_up, (tmp_path,)),
+        Contender("late", contenders.fails_later, ()),
+    )
+    rows = Comparison("s", "float32", some, {"step": (10, 1e3)}).measure(2, said.append, kept.append)
+    assert [(row.who, len(row.samples)) for row in rows] == [("1", 2), ("large", 2)]
+    assert [[row.who for row in found] for found in kept] == [["1"], ["1"], ["1", "large"], ["1", "large"]]
+    assert "alone, after the others: large: RuntimeError: RESOURCE_EXHAUSTED: Out of memory while" in said[0]
+    assert "left out: late: ValueError: went wrong" in said[1]
+
+
+def test_nothing_is_waited_for_when_the_time_is_up_and_finished_rounds_are_kept():
+    said, kept = [], []
+    some = (Contender("1", contenders.sleeps, (0.05,)), Contender("2", contenders.sleeps, (60,)))
+    started = time.monotonic()
+    rows = Comparison("s", "float32", some, {"step": (10, 1e3)}).measure(9, said.append, kept.append, started + 3)
+    assert time.monotonic() - started < 30
+    assert "2: no answer before the time was up" in said[0]
+    assert "the time is up after 1 of 9 rounds" in said[1]
+    assert kept == [rows]
+    assert [(row.who, len(row.samples)) for row in rows] == [("1", 1)]
+    assert rows[0].facts["resident_bytes"] > 0
+
+
+def test_a_program_that_is_killed_leaves_a_whole_file_of_what_it_had(tmp_path, monkeypatch):
+    record = Record({"started": "now"}, tmp_path / "found.json")
+    record.keep("a", [1, 2])
+    monkeypatch.setattr(pathlib.Path, "replace", lambda self, target: None)  # killed before
+    record.keep("b", [3])
+    assert json.loads((tmp_path / "found.json").read_text()) == {"started": "now", "subjects": {"a": [1, 2]}}
 
 
 def test_faster_is_theirs_over_ours_round_by_round():
@@ -50,6 +82,22 @@ def test_faster_is_theirs_over_ours_round_by_round():
     ours_line, theirs_line = lines([mine, peer])
     assert theirs_line.split()[-2:] == ["3.00", "1.00"]
     assert "lm" in ours_line.split()
+    # Where ours was left out there is nothing to compare with.
+    assert lines([peer])[0].split()[-1] == "1.0"
+
+
+def test_decoding_is_measured_by_the_bytes_that_it_cannot_but_read():
+    subject = subjects.Generation(TINY, Rows(2, 8, 64), 4)
+    parameters = TINY.build().parameters()
+    weights, cache = accounting.num_active_parameters(parameters), 2 * 32
+    assert subject.bytes_read("bfloat16") == 4 * 2 * (weights + 2 * (8 + 2) * cache)
+    assert subject.bytes_read("float32") == 2 * subject.bytes_read("bfloat16")
+    whole, prompt = (
+        Row("s", "float32", part, "lm", 1.0, None, [Sample(clock, clock)], 8, None, bandwidth=1e9)
+        for part, clock in (("whole", 3.0), ("prompt", 1.0))
+    )
+    decode = subjects.add_decoding([whole, prompt], 4, 2, 1e9)[-1]
+    assert "0.5B   50.0%" in lines([decode])[0]
 
 
 @pytest.mark.system
@@ -66,10 +114,11 @@ def test_a_whole_comparison_agrees_on_losses_and_tokens(tmp_path):
     mine, theirs = eager.measure(1, said.append)
     assert not said
     assert mine.first_result == pytest.approx(theirs.first_result, rel=1e-5)
-    rows = subjects.add_decoding(generate.measure(1, said.append), 4, 2)
+    rows = subjects.add_decoding(generate.measure(1, said.append), 4, 2, 1e6)
     assert {(row.who, row.part) for row in rows} == {
         (who, part) for who in ("lm", "transformers") for part in ("prompt", "whole", "decode")
     }
+    assert all(row.bandwidth > 0 for row in rows)
     tokens = {row.who: row.facts["tokens"] for row in rows}
     assert tokens["lm"] == tokens["transformers"]
 
