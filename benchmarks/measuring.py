@@ -7,16 +7,23 @@ compile, are timed apart.
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import multiprocessing
 import os
+import pathlib
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.results import Row, Sample
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 # Parts that give the machine's own speed: FLOP/s of a matrix product, bytes/s through memory.
 MATMUL, COPY = "matmul", "copy"
@@ -42,6 +49,22 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
+class Named:
+    """A function by name: its module needs what only the process that calls it has, and imports.
+
+    Attributes:
+      module: where it is.
+      function: in it.
+    """
+
+    module: str
+    function: str
+
+    def __call__(self, *arguments: Any) -> Any:
+        return getattr(importlib.import_module(self.module), self.function)(*arguments)
+
+
+@dataclasses.dataclass(frozen=True)
 class Contender:
     """One side of a comparison.
 
@@ -49,11 +72,13 @@ class Contender:
       name: for the table.
       make: makes its work, in its own process; a function of a module.
       arguments: of `make`.
+      python: runs the process; another than ours needs no package that `make` does not.
     """
 
     name: str
     make: Callable[..., Work]
     arguments: tuple[Any, ...]
+    python: str = sys.executable
 
 
 class ContenderError(Exception):
@@ -69,29 +94,32 @@ class TimeUpError(ContenderError):
     """A contender gave no answer in time."""
 
 
-def _serve(connection: Any, contender: Contender) -> None:
-    """Runs in the contender's process: does what it is told, and answers with a Sample."""
+def serve(descriptor: int) -> None:
+    """Runs in the contender's process: receives the contender, does what it is told, and answers with a Sample."""
+    connection, name = Connection(descriptor), "contender"
     try:
+        contender = connection.recv()
+        name = contender.name
         work = contender.make(*contender.arguments)
         product, flops = work.matmul
         parts = {**work.parts, MATMUL: lambda: best_speed(product, flops)}
         product()
         connection.send(None)
         while True:
-            name = connection.recv()
-            if name is None:
+            part = connection.recv()
+            if part is None:
                 facts = {k: v() if callable(v) else v for k, v in work.facts.items()}
                 connection.send({"resident_bytes": peak_resident_bytes(), **facts})
                 return
             started, processor = time.perf_counter(), time.process_time()
-            result = parts[name]()
+            result = parts[part]()
             sample = Sample(time.perf_counter() - started, time.process_time() - processor)
             connection.send((sample, result if isinstance(result, float | int) else None))
     except EOFError:
         return
     except Exception as error:
         why = " ".join(str(error).split())
-        connection.send(ContenderError(f"{contender.name}: {type(error).__name__}: {why}"[:300]))
+        connection.send(ContenderError(f"{name}: {type(error).__name__}: {why}"[:300]))
 
 
 def best_speed(function: Callable[[], Any], amount: float) -> float:
@@ -125,12 +153,19 @@ class Worker:
           ContenderError: it could not be made.
         """
         self.contender, self.until = contender, until
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, contender), daemon=True)
-        self._process.start()
+        self._connection, theirs = multiprocessing.Pipe()
+        serving = f"from benchmarks import measuring; measuring.serve({theirs.fileno()})"
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            [contender.python, "-c", serving],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,  # what a library prints belongs in no table
+        )
         theirs.close()
         try:
+            with contextlib.suppress(ConnectionError):  # _receive says how it ended
+                self._connection.send(contender)
             self._receive()
         except ContenderError:
             self.stop()
@@ -150,13 +185,13 @@ class Worker:
         self._connection.send(None)
         while not isinstance(facts := self._receive(), dict):
             pass  # an answer that nobody waited for
-        self._process.join()
+        self._process.wait()
         return facts
 
     def stop(self) -> None:
         """Ends the process whatever it does."""
         self._process.kill()
-        self._process.join()
+        self._process.wait()
 
     def _receive(self) -> Any:
         if self.until < math.inf and not self._connection.poll(max(self.until - time.monotonic(), 0.0)):
@@ -164,10 +199,12 @@ class Worker:
         try:
             answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
-            self._process.join(10)
-            why = f"its process ended with status {self._process.exitcode}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+            why = f"its process ended with status {self._process.returncode}"
             raise ContenderError(f"{self.contender.name}: {why}") from error
         if isinstance(answer, ContenderError):
+            self.stop()
             raise answer
         return answer
 

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import ours, subjects
+from benchmarks import device, ours, subjects
 from benchmarks.measuring import Comparison, Contender, Work
 from benchmarks.results import MEBIBYTE
 
@@ -32,7 +32,7 @@ def planned_bytes(compiled: Any) -> dict[str, int]:
 def work(model: Any, rows: Any, chunk: int | None) -> Work:
     """Makes the train step with a chunk of the loss."""
     step = ours.make_step(model, rows, chunk)
-    return Work({"step": step}, ours.matmul(model.dtype), {**ours.memory(), **planned_bytes(step.compiled)})
+    return Work({"step": step}, device.matmul(model.dtype), {**device.memory(), **planned_bytes(step.compiled)})
 
 
 def contenders(subject: subjects.TrainStep) -> Iterator[Contender]:

@@ -23,6 +23,8 @@ import math
 import os
 import pathlib
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 from typing import Any
@@ -35,16 +37,21 @@ from lm import flags as program
 from lm.config import UserError
 
 _SUITE = flags.DEFINE_enum("suite", "cpu", ["cpu", "gpu"], "Which sizes, and on which device.")
-_AGAINST = flags.DEFINE_list("against", ["torch", "transformers"], "Peers: torch, transformers; empty for none.")
+_AGAINST = flags.DEFINE_list(
+    "against", ["torch", "transformers"], "Peers: torch, transformers, maxtext; empty for none."
+)
 _SUBJECTS = flags.DEFINE_list("subjects", [], "Names of subjects or their beginnings; empty for all.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", lower_bound=1)
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Dtypes of computation.")
 _THREADS = flags.DEFINE_integer("threads", None, "Cores for each contender; all by default.", lower_bound=1)
 _COMPILED = flags.DEFINE_bool("torch_compile", True, "Whether peers are also measured under torch.compile.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Ends after so many, with what was measured by then.", lower_bound=0.0)
+_MAXTEXT = flags.DEFINE_string(
+    "maxtext_python", None, "The Python that has MaxText, which brings a jax of its own; by default this one."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file for every sample of every round.")
 
-PEERS = ("torch", "transformers")
+PEERS = ("torch", "transformers", "maxtext")
 EXTRA = ("memory", "data", "start")
 
 
@@ -57,7 +64,11 @@ def _check() -> list[str]:
     for peer in _AGAINST.value:
         if peer not in PEERS:
             raise UserError(f"--against: {peer!r} is no peer; there are {', '.join(PEERS)}")
-        if importlib.util.find_spec(peer) is None:
+        if peer == "maxtext":
+            if _SUITE.value == "gpu":
+                raise UserError("--against: maxtext is compared on CPUs; leave it out of --suite=gpu")
+            _maxtext_versions(_pythons()[peer])
+        elif importlib.util.find_spec(peer) is None:
             raise UserError(f"--against: {peer} is not installed; leave it out or pip install -e .[oracle]")
     for dtype in _DTYPES.value:
         if dtype not in ("float32", "bfloat16"):
@@ -96,12 +107,36 @@ def _choose_device() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def _pythons() -> dict[str, str]:
+    """Returns by peer the Python that runs it."""
+    others = {"maxtext": _MAXTEXT.value} if _MAXTEXT.value else {}
+    return {peer: others.get(peer, sys.executable) for peer in _AGAINST.value}
+
+
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in ("jax", "torch", "transformers"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    if "maxtext" in _AGAINST.value:
+        found |= _maxtext_versions(_pythons()["maxtext"])
     return found
+
+
+def _maxtext_versions(python: str) -> dict[str, str]:
+    """Asks a Python for the versions of its MaxText and jax.
+
+    Raises:
+      UserError: it does not run, or has no MaxText.
+    """
+    asked = "from importlib.metadata import version; print(version('maxtext'), version('jax'))"
+    try:
+        done = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        how = "docs/performance.md says how to install it; or leave maxtext out of --against"
+        raise UserError(f"--maxtext_python: {python} has no MaxText; {how}") from error
+    maxtext, jax = done.stdout.split()
+    return {"maxtext": maxtext, "maxtext's jax": jax}
 
 
 def _processor() -> str:
@@ -129,7 +164,7 @@ def _compared(name: str, folder: pathlib.Path, record: Record, until: float) -> 
 
     for dtype in _DTYPES.value:
         with tempfile.TemporaryDirectory(dir=folder) as own:
-            comparison = subject.compare(name, dtype, _AGAINST.value, pathlib.Path(own))
+            comparison = subject.compare(name, dtype, _pythons(), pathlib.Path(own))
             if not _COMPILED.value:
                 kept = tuple(c for c in comparison.contenders if not c.name.endswith("compiled"))
                 comparison = dataclasses.replace(comparison, contenders=kept)

@@ -6,15 +6,15 @@ measuring. Law: every contender of a subject has the same shapes, dtype and data
 
 import dataclasses
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import ours
-from benchmarks.measuring import COPY, MATMUL, Comparison, Contender
+from benchmarks.measuring import COPY, MATMUL, Comparison, Contender, Named
 from benchmarks.results import Row, Sample
 from benchmarks.rows import Rows
 from configs import bert, gpt2, llama3, mixtral, t5
-from lm.models import Auto, accounting
+from lm.models import Auto, Mlp, Rotary, accounting
 from lm.models.transformer import Transformer
 
 
@@ -32,8 +32,11 @@ class TrainStep:
     rows: Rows
     note: str = ""
 
-    def compare(self, name: str, dtype: str, against: Iterable[str], folder: pathlib.Path) -> Comparison:
-        """Returns the comparison with the peers that have such a model; they start from our weights in `folder`."""
+    def compare(self, name: str, dtype: str, against: Mapping[str, str], folder: pathlib.Path) -> Comparison:
+        """Returns the comparison with the peers that have such a model; they start from our weights in `folder`.
+
+        `against` has by the peer's name the Python that runs it.
+        """
         attention = dataclasses.replace(self.model.attention, kernel=Auto())
         model = dataclasses.replace(self.model, dtype=dtype, attention=attention)
         weights = str(folder / "weights")
@@ -43,6 +46,9 @@ class TrainStep:
             contenders += _both("torch", "gpt_work", (shape, self.rows, dtype))
         if "transformers" in against:
             contenders += _both("transformers", "transformers_train_work", (weights, self.rows, dtype))
+        if "maxtext" in against and _is_llama(self.model):
+            make = Named("benchmarks.maxtext_llama", "train_work")
+            contenders.append(Contender("maxtext", make, (weights, self.rows, dtype), against["maxtext"]))
         flops = self.model.flops_per_token(self.rows.length, self.rows.encoder_length)
         work = {"step": (self.rows.size, flops * self.rows.batch * self.rows.length)}
         return Comparison(name, dtype, tuple(contenders), work, self.note)
@@ -64,14 +70,16 @@ class Generation:
     new_tokens: int
     note: str = ""
 
-    def compare(self, name: str, dtype: str, against: Iterable[str], folder: pathlib.Path) -> Comparison:
+    def compare(self, name: str, dtype: str, against: Mapping[str, str], folder: pathlib.Path) -> Comparison:
         """Returns the comparison with `transformers.generate` on our weights."""
         model = dataclasses.replace(self.model, dtype=dtype)
         weights = str(folder / "weights")
         contenders = [Contender("lm", ours.generate_work, (model, self.rows, self.new_tokens, weights))]
         if "transformers" in against:
             arguments = (weights, self.rows, self.new_tokens, dtype)
-            contenders.append(Contender("transformers", _Peer("transformers_generate_work"), arguments))
+            contenders.append(
+                Contender("transformers", Named("benchmarks.peers", "transformers_generate_work"), arguments)
+            )
         work = {"prompt": (self.rows.size, None), "whole": (self.rows.batch * (self.new_tokens + 1), None)}
         return Comparison(name, dtype, tuple(contenders), work, self.note, (MATMUL, COPY))
 
@@ -83,21 +91,18 @@ class Generation:
         return self.new_tokens * (weights + self.rows.batch * length * accounting.cache_bytes_per_token(model))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Peer:
-    """A function of `benchmarks.peers` by name: that module needs PyTorch, which only its own process imports."""
-
-    name: str
-
-    def __call__(self, *arguments: Any) -> Any:
-        from benchmarks import peers
-
-        return getattr(peers, self.name)(*arguments)
+def _is_llama(model: Transformer) -> bool:
+    """Returns whether MaxText's block of the name "llama2" is the model's: rotary positions unscaled, a gated MLP."""
+    positions = model.positions
+    return (
+        isinstance(positions, Rotary) and positions.scaling is None and isinstance(model.mlp, Mlp) and model.mlp.gated
+    )
 
 
 def _both(who: str, make: str, arguments: tuple[Any, ...]) -> list[Contender]:
     ways = ((False, "eager"), (True, "compiled"))
-    return [Contender(f"{who} {way}", _Peer(make), (*arguments, compiled)) for compiled, way in ways]
+    function = Named("benchmarks.peers", make)
+    return [Contender(f"{who} {way}", function, (*arguments, compiled)) for compiled, way in ways]
 
 
 def add_decoding(rows: list[Row], new_tokens: int, batch: int, bytes_read: float) -> list[Row]:
@@ -131,6 +136,16 @@ _BERT = dataclasses.replace(
     attention=dataclasses.replace(bert.get_model("base").attention, dropout_rate=0.0),
 )
 _T5 = t5.get_model("base")
+_TINY_LLAMA = dataclasses.replace(
+    llama3.get_model("tiny"),
+    vocab_size=8192,
+    num_layers=4,
+    model_dim=256,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=768,
+    max_length=256,
+)
 _MOE = dataclasses.replace(
     mixtral.get_model("tiny"),
     vocab_size=8192,
@@ -158,6 +173,7 @@ CPU: dict[str, TrainStep | Generation] = {
         Rows(2, 64, 32_128, 256),
         "T5-base with 2 of 12 layers in each stack, batch 2, encoder 256, decoder 64; AdamW",
     ),
+    "train-llama-tiny": TrainStep(_flat(_TINY_LLAMA), Rows(8, 256, 8192), "Llama 3's shape, 4 layers of width 256"),
     "train-moe": TrainStep(_flat(_MOE), Rows(4, 256, 8192), "Mixtral's shape, 8 experts, top 2, 4 layers of width 256"),
     "generate-tiny-1": Generation(_TINY, Rows(1, 64, 8192), 64),
     "generate-tiny-32": Generation(_TINY, Rows(32, 64, 8192), 64),

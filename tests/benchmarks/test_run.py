@@ -23,21 +23,36 @@ TINY = dataclasses.replace(
 HAS_PEERS = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
 
 
+def _script(path, line):
+    """Writes a program that stands for another Python."""
+    path.write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
 def _run(*flags):
     command = [sys.executable, "-m", "benchmarks.run", *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_contenders_take_turns_and_a_broken_one_is_left_out():
+def test_contenders_take_turns_in_their_own_python_and_a_broken_one_is_left_out(tmp_path):
     said = []
-    some = (*(Contender(str(n), contenders.counts, (n,)) for n in (1, 2)), Contender("broken", contenders.fails, ()))
+    other = _script(tmp_path / "other", f'WHO=other exec {sys.executable} "$@"')
+    some = (
+        Contender("1", contenders.counts, (1,)),
+        Contender("2", contenders.counts, (2,), other),
+        Contender("broken", contenders.fails, ()),
+        Contender("absent", contenders.counts, (3,), _script(tmp_path / "absent", "exit 3")),
+    )
     rows = Comparison("s", "float32", some, {"step": (10, 1e3)}).measure(2, said.append)
     assert [(row.who, row.first_result, row.facts["total"], len(row.samples)) for row in rows] == [
         ("1", 1.0, 1, 2),
         ("2", 2.0, 2, 2),
     ]
-    assert len(said) == 1
+    assert [row.facts["python"] for row in rows] == [None, "other"]
+    assert len(said) == 2
     assert "broken: ValueError: no such kernel" in said[0]
+    assert "absent: its process ended with status 3" in said[1]
 
 
 def test_what_finds_no_memory_beside_the_others_runs_alone_after_them(tmp_path):
@@ -105,8 +120,12 @@ def test_a_whole_comparison_agrees_on_losses_and_tokens(tmp_path):
     """Same weights and rows: the first losses and the greedy tokens are those of `transformers`."""
     if not HAS_PEERS:
         pytest.skip("torch and transformers are not installed")
-    train = subjects.TrainStep(TINY, Rows(2, 16, 64)).compare("t", "float32", ["transformers"], tmp_path / "a")
-    generate = subjects.Generation(TINY, Rows(2, 16, 64), 4).compare("g", "float32", ["transformers"], tmp_path / "b")
+    train = subjects.TrainStep(TINY, Rows(2, 16, 64)).compare(
+        "t", "float32", {"transformers": sys.executable}, tmp_path / "a"
+    )
+    generate = subjects.Generation(TINY, Rows(2, 16, 64), 4).compare(
+        "g", "float32", {"transformers": sys.executable}, tmp_path / "b"
+    )
     eager = dataclasses.replace(train, contenders=train.contenders[:2])
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -123,14 +142,24 @@ def test_a_whole_comparison_agrees_on_losses_and_tokens(tmp_path):
     assert tokens["lm"] == tokens["transformers"]
 
 
+def test_maxtext_runs_what_it_has_an_equal_of_and_nothing_else(tmp_path):
+    peers = {"maxtext": "other"}
+    found = {name: subjects.CPU[name].compare(name, "float32", peers, tmp_path).contenders for name in subjects.CPU}
+    assert {name for name, each in found.items() if "maxtext" in [c.name for c in each]} == {"train-llama-tiny"}
+    assert [contender.python for contender in found["train-llama-tiny"]] == [sys.executable, "other"]
+
+
 @pytest.mark.system
 def test_program_writes_every_sample(tmp_path):
     output = tmp_path / "found.json"
-    done = _run("--suite=cpu", "--against=", "--subjects=data", "--rounds=1", f"--output={output}")
+    maxtext = _script(tmp_path / "python", "echo 0.2.5 0.11.2")
+    peers = ("--against=maxtext", f"--maxtext_python={maxtext}")
+    done = _run("--suite=cpu", *peers, "--subjects=data", "--rounds=1", f"--output={output}")
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     assert found["subjects"]["data"]["tokens_per_second"] > 0
     assert "jax" in found["machine"]
+    assert (found["machine"]["maxtext"], found["machine"]["maxtext's jax"]) == ("0.2.5", "0.11.2")
 
 
 @pytest.mark.system
@@ -140,11 +169,16 @@ def test_program_writes_every_sample(tmp_path):
         ("--subjects=trane", "'trane' begins no subject"),
         ("--against=mxnet", "'mxnet' is no peer"),
         ("--dtypes=float8", "'float8' is neither"),
+        (
+            "--against=maxtext --maxtext_python=no-such-python",
+            "no-such-python has no MaxText; docs/performance.md",
+        ),
+        ("--against=maxtext --suite=gpu", "maxtext is compared on CPUs"),
     ],
 )
 def test_wrong_flags_end_in_a_sentence(flag, sentence):
     # Without peers, which may not be installed; the last of equal flags counts.
-    done = _run("--against=", flag)
+    done = _run("--against=", *flag.split())
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
