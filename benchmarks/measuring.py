@@ -177,12 +177,12 @@ class Worker:
         Raises:
           ContenderError: it raised, or its process ended.
         """
-        self._connection.send(part)
+        self._send(part)
         return self._receive()
 
     def close(self) -> dict[str, Any]:
         """Ends the process and returns its facts."""
-        self._connection.send(None)
+        self._send(None)
         while not isinstance(facts := self._receive(), dict):
             pass  # an answer that nobody waited for
         self._process.wait()
@@ -192,6 +192,10 @@ class Worker:
         """Ends the process whatever it does."""
         self._process.kill()
         self._process.wait()
+
+    def _send(self, message: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # _receive says how the process ended
+            self._connection.send(message)
 
     def _receive(self) -> Any:
         if self.until < math.inf and not self._connection.poll(max(self.until - time.monotonic(), 0.0)):
@@ -324,10 +328,13 @@ class _Turns:
         """Ends the processes of those that answer, and adds what they know and the machine's speed to their rows."""
         for worker in self.workers:
             worker.until = max(self._until, time.monotonic() + GRACE)
-            with contextlib.suppress(ContenderError):
+            try:
                 facts = worker.close()
-                for part in self._comparison.work:
-                    self._rows[worker.contender.name, part].facts = facts
+            except ContenderError as failure:
+                self._say(f"{self._comparison.subject} {self._comparison.dtype}: without its facts: {failure}")
+                continue
+            for part in self._comparison.work:
+                self._rows[worker.contender.name, part].facts = facts
         for row in self._rows.values():
             row.matmul, row.bandwidth = (statistics.median(self._peaks.get(s) or [0.0]) for s in (MATMUL, COPY))
 

@@ -1,6 +1,7 @@
 """Contenders that do nothing, fail, or find no memory. Imports no framework, so that their processes start at once."""
 
 import os
+import threading
 import time
 
 from benchmarks.measuring import Work
@@ -33,6 +34,18 @@ def fails_later():
         calls.append(1)
         if len(calls) > 2:
             raise ValueError("went wrong")
+
+    return Work({"step": step}, PRODUCT)
+
+
+def leaves():
+    """Answers its first calls, and is gone when it is asked again."""
+    calls = []
+
+    def step():
+        calls.append(1)
+        if len(calls) == 2:
+            threading.Timer(0.02, os._exit, (3,)).start()
 
     return Work({"step": step}, PRODUCT)
 

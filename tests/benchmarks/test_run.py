@@ -61,12 +61,15 @@ def test_what_finds_no_memory_beside_the_others_runs_alone_after_them(tmp_path):
         Contender("1", contenders.counts, (1,)),
         Contender("large", contenders.fills_up, (tmp_path,)),
         Contender("late", contenders.fails_later, ()),
+        Contender("gone", contenders.leaves, ()),
+        Contender("2", contenders.sleeps, (0.05,)),
     )
     rows = Comparison("s", "float32", some, {"step": (10, 1e3)}).measure(2, said.append, kept.append)
-    assert [(row.who, len(row.samples)) for row in rows] == [("1", 2), ("large", 2)]
-    assert [[row.who for row in found] for found in kept] == [["1"], ["1"], ["1", "large"], ["1", "large"]]
+    assert [(row.who, len(row.samples)) for row in rows] == [("1", 2), ("2", 2), ("large", 2)]
+    assert [[row.who for row in found] for found in kept] == [["1", "2"]] * 2 + [["1", "2", "large"]] * 2
     assert "alone, after the others: large: RuntimeError: RESOURCE_EXHAUSTED: Out of memory while" in said[0]
     assert "left out: late: ValueError: went wrong" in said[1]
+    assert "left out: gone: its process ended with status 3" in said[2]
 
 
 def test_nothing_is_waited_for_when_the_time_is_up_and_finished_rounds_are_kept():
