@@ -38,6 +38,22 @@ def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax
     return _contract(equation, jnp.dtype(dtype), x, y)
 
 
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the sum of `x * y`, float32, over the last axis, which is kept with size one.
+
+    XLA:CPU computes a sum of products of two arrays within the matrix product that reads it, ten times as slowly as
+    the product with a vector of ones.
+    """
+
+    def multiply(products: jax.Array) -> jax.Array:
+        return jnp.einsum("...H,H->...", products, jnp.ones(products.shape[-1]))[..., None]
+
+    def add(products: jax.Array) -> jax.Array:
+        return jnp.sum(products, axis=-1, keepdims=True)
+
+    return by_platform(x * y, cpu=add if is_divided() else multiply, default=add)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _contract(equation: str, dtype: jnp.dtype, x: jax.Array, y: jax.Array) -> jax.Array:
     return by_platform(

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.models.products import contract
+from lm.models.products import contract, inner
 
 # Finite, so that a row without any allowed key stays finite.
 MASKED = -1e30
@@ -59,7 +59,7 @@ def _backward(scale: float, saved: Any, gradient_BKGTH: jax.Array) -> tuple[Any,
     weights_BKGTS = jnp.exp(_scores(q_BTKGH, k_BSKH, allowed_BTS, scale) - normalizer_BKGT1)
     dv_BSKH = contract("BKGTS,BKGTH->BSKH", weights_BKGTS, gradient_BKGTH, dtype)
     to_weights_BKGTS = contract("BKGTH,BSKH->BKGTS", gradient_BKGTH, v_BSKH, dtype)
-    mean_BKGT1 = jnp.sum(gradient_BKGTH * out_BKGTH, axis=-1, keepdims=True)
+    mean_BKGT1 = inner(gradient_BKGTH, out_BKGTH)
     to_scores_BKGTS = scale * weights_BKGTS * (to_weights_BKGTS - mean_BKGT1)
     dq_BTKGH = contract("BKGTS,BSKH->BTKGH", to_scores_BKGTS, k_BSKH, dtype)
     dk_BSKH = contract("BKGTS,BTKGH->BSKH", to_scores_BKGTS, q_BTKGH, dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.models.products import arrange, contract
+from lm.models.products import arrange, contract, inner
 
 SIZES = {"B": 2, "T": 6, "S": 5, "D": 8, "N": 4, "K": 2, "G": 2, "H": 3, "F": 7, "V": 11, "U": 4}
 EQUATIONS = [
@@ -45,6 +45,13 @@ def test_equals_the_einsum_in_float64_forward_and_backward(equation, dtype):
         (dy, np.einsum(f"{a},{result}->{b}", wide[0], wide[2])),
     ):
         np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=tolerance, atol=1e-5)
+
+
+def test_a_sum_of_products_is_one_product_with_ones():
+    x, y = (draw("BKGTH", seed, "float32") for seed in (0, 1))
+    wanted = np.sum(np.asarray(x, np.float64) * np.asarray(y, np.float64), axis=-1, keepdims=True)
+    np.testing.assert_allclose(inner(x, y), wanted, rtol=1e-5, atol=1e-6)
+    assert re.search(r"\bdot\(", jax.jit(inner).lower(x, y).compile().as_text())
 
 
 @pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,NHD->BTNH", "BTD,VD->BTV", "BTD,D->BT"])
