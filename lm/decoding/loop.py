@@ -132,6 +132,11 @@ class Decoder:
     def advance(self, params: Any, state: State, until: jax.Array) -> State:
         """Makes tokens until each row has `until` (i32[]) of them or is done. Consumes `state`."""
         until = jnp.minimum(until, self.max_tokens)
+        shapes = jax.tree.map(jnp.shape, state.cache)
+
+        def carry(state: State) -> State:
+            # Without an axis of one row: XLA:CPU writes a cache with it and without, and copies both for each token.
+            return state._replace(cache=jax.tree.map(lambda x: x[0] if x.shape[:1] == (1,) else x, state.cache))
 
         def is_unfinished(state: State) -> jax.Array:
             return (state.step < until) & ~jnp.all(state.done)
@@ -141,10 +146,12 @@ class Decoder:
             # A finished row is padding from now on: it reads nothing and nothing reads it.
             segment_ids = (~state.done).astype(jnp.int32)[:, None]
             batch = self._batch(last_B1, segment_ids, (state.places - 1)[:, None], state.sources, state.gaps)
-            output = self.model.apply(params, batch, cache=state.cache, with_logits=False)
-            return self._append(params, state._replace(cache=output.cache), output.hidden)
+            cache = jax.tree.map(jnp.reshape, state.cache, shapes)
+            output = self.model.apply(params, batch, cache=cache, with_logits=False)
+            return carry(self._append(params, state._replace(cache=output.cache), output.hidden))
 
-        return jax.lax.while_loop(is_unfinished, make_one, state)
+        state = jax.lax.while_loop(is_unfinished, make_one, carry(state))
+        return state._replace(cache=jax.tree.map(jnp.reshape, state.cache, shapes))
 
     def _batch(
         self, tokens: jax.Array, segment_ids: jax.Array, places: jax.Array, sources: jax.Array, gaps: jax.Array

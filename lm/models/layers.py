@@ -223,6 +223,10 @@ class Table(nn.Module):
         # but through whole activations on every device ("involuntary full rematerialization").
         vocabulary = "activation_vocab" if self.letters[0] == "V" else None
         table = constrain(self.embedding, vocabulary, None)
+        if table.dtype != jnp.float32:
+            # XLA:CPU reads a bfloat16 table as float32: a whole one, made before the loop over tokens, unless the table
+            # hangs on what the loop looks up.
+            table, ids = jax.lax.optimization_barrier((table, ids))
         rows_BTD = jnp.take(table, ids, axis=0).astype(self.config.compute_dtype)
         return constrain(rows_BTD, "batch", "length", "activation_embed")
 

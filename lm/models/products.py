@@ -19,8 +19,9 @@ from lm.parallel import by_platform, is_divided, num_shards
 # Like `contract`: (equation, x, y, dtype of the operands) -> float32.
 Product = Callable[[str, jax.Array, jax.Array, jnp.dtype], jax.Array]
 
-# Products of fewer bfloat16 rows are padded to so many on a CPU: those with one matrix, and those with a batch of them.
-FEWEST_ROWS, FEWEST_BATCH_ROWS = 8, 4
+# Products of fewer bfloat16 rows, on the left, are padded to so many on a CPU: those with one matrix, and those with a
+# batch of them. On the right, two are enough.
+FEWEST_ROWS, FEWEST_BATCH_ROWS, FEWEST_COLUMNS = 8, 4, 2
 
 
 def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -103,7 +104,9 @@ def arrange(equation: str, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -
 
     XLA:CPU multiplies bfloat16 matrices as such (AMX, by YNNPACK) only if the left one's last axis is
     summed over; any other form is converted to float32 first, which is slower by 4 to 8. One of a
-    layer's three products therefore needs a transposed copy; it is cheapest of a small array.
+    layer's three products therefore needs a transposed copy; it is cheapest of a small array. The right operand is
+    always brought to an order of its own: for few rows, the matrix is better on the left, though their product then
+    comes out transposed.
     """
     operands, result = equation.split("->")
     x, y = operands.split(",")
@@ -130,7 +133,9 @@ def arrange(equation: str, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -
         for b, m, n, k in itertools.product(*(dict.fromkeys(orders) for orders in (batch, left, right, summed))):
             for right_axes in (b + n + k, b + k + n):
                 plan = Arrangement(swapped, b + m + k, right_axes, b + m + n)
-                cost = moved(first, plan.left, 2) + moved(second, plan.right, 2) + moved(plan.result, result, 4)
+                packed = math.prod(sizes[letter] for letter in plan.right)
+                copied = moved(first, plan.left, 2) + moved(second, plan.right, 2) + moved(plan.result, result, 4)
+                cost = copied + packed
                 found.append((cost, plan))
     return min(found, key=lambda pair: pair[0])[1]
 
@@ -141,15 +146,19 @@ def arranged_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     x_axes, y_axes = operands.split(",")
     plan = arrange(equation, x.shape, y.shape)
     first, second = ((y, y_axes), (x, x_axes)) if plan.swapped else ((x, x_axes), (y, y_axes))
-    rows = math.prod(n for letter, n in zip(first[1], first[0].shape, strict=True) if letter not in second[1])
     # A copy of a whole matrix, or of a cache, for few rows would cost more than any form of their product.
-    apart = rows >= FEWEST_ROWS
+    apart = min(_own_size(*first, second[1]), _own_size(*second, first[1])) >= FEWEST_ROWS
     left, right = _transposed(*first, plan.left, apart), _transposed(*second, plan.right, apart)
     product = _few_rows(plan, left, right)
     # Without the barrier, XLA:CPU turns the transpose of a product into a product of transposes: a form that it
     # cannot run ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jax 0.10.2).
     product = jax.lax.optimization_barrier(product)
     return jnp.transpose(product, [plan.result.index(letter) for letter in result])
+
+
+def _own_size(x: jax.Array, axes: str, others: str) -> int:
+    """Returns the number of rows: of all axes that the other operand lacks."""
+    return math.prod(size for letter, size in zip(axes, x.shape, strict=True) if letter not in others)
 
 
 def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -188,25 +197,39 @@ def _merged(letter: str, *groups: str) -> str:
 
 
 def _few_rows(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
-    """Multiplies with rows of zeros added to the left operand, where it has few of them.
+    """Multiplies with zeros added to an operand that has few rows.
 
-    XLA:CPU converts both operands to float32 for one row, which takes 4 to 8 times as long as eight rows with AMX.
+    XLA:CPU converts both operands to float32 for one row, which takes 4 to 8 times as long as with AMX.
     """
     batch = "".join(letter for letter in plan.left if letter in plan.right and letter in plan.result)
-    summed = "".join(letter for letter in plan.left if letter in plan.right and letter not in plan.result)
-    shape = left.shape[: left.ndim - len(summed)]
-    rows, fewest = math.prod(shape[len(batch) :]), FEWEST_BATCH_ROWS if batch else FEWEST_ROWS
-    if left.dtype != jnp.bfloat16 or rows >= fewest:
+    pairs = ((plan.left, plan.right), (plan.right, plan.left))
+    own = ["".join(letter for letter in axes if letter not in others) for axes, others in pairs]
+    sizes = dict(zip(plan.left + plan.right, left.shape + right.shape, strict=True))
+    rows, columns = (math.prod(sizes[letter] for letter in letters) for letters in own)
+    fewest = FEWEST_BATCH_ROWS if batch else FEWEST_ROWS
+    if left.dtype != jnp.bfloat16 or (rows >= fewest and columns >= FEWEST_COLUMNS):
         return _product(plan, left, right)
-    left = left.reshape(*shape[: len(batch)], rows, *left.shape[len(shape) :])
-    widths = [(0, fewest - rows if axis == len(batch) else 0) for axis in range(left.ndim)]
     # A letter of its own stands for all rows: a product may have none, or several.
     row = next(letter for letter in "abcdefghijklmnopqrstuvwxyz" if letter not in plan.left + plan.right)
-    own = "".join(letter for letter in plan.right if letter not in plan.left)
-    plan = dataclasses.replace(plan, left=batch + row + summed, result=batch + row + own)
-    padded = jax.lax.optimization_barrier(_product(plan, jnp.pad(left, widths), right))
-    kept = jax.lax.slice_in_dim(padded, 0, rows, axis=len(batch))
-    return kept.reshape(*shape, *padded.shape[len(batch) + 1 :])
+    few_left = rows < fewest
+    if few_left:
+        left, axes = _with_zeros(left, plan.left, batch, own[0], row, fewest)
+        padded = dataclasses.replace(plan, left=axes, result=batch + row + own[1])
+    else:
+        right, axes = _with_zeros(right, plan.right, batch, own[1], row, FEWEST_COLUMNS)
+        padded = dataclasses.replace(plan, right=axes, result=batch + own[0] + row)
+    product = jax.lax.optimization_barrier(_product(padded, left, right))
+    kept = jax.lax.slice_in_dim(product, 0, rows if few_left else columns, axis=padded.result.index(row))
+    return kept.reshape([sizes[letter] for letter in plan.result])
+
+
+def _with_zeros(x: jax.Array, axes: str, batch: str, own: str, row: str, fewest: int) -> tuple[jax.Array, str]:
+    """Returns `x` with its axes `own` as one, or one more after the batch's, padded to `fewest`; and its axes."""
+    place = axes.index(own[0]) if own else len(batch)
+    number, after = math.prod(x.shape[place : place + len(own)]), place + len(own)
+    x = x.reshape(*x.shape[:place], number, *x.shape[after:])
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, (fewest - number) * (axis == place), 0) for axis in range(x.ndim)])
+    return x, axes[:place] + row + axes[after:]
 
 
 def _transposed(x: jax.Array, axes: str, wanted: str, apart: bool) -> jax.Array:

@@ -79,3 +79,13 @@ def test_shared_layers_stay_as_they_are():
     model = dataclasses.replace(CONFIGS["alike"], share_layers=True).build()
     params = model.init(jax.random.key(0))
     assert arrange(model, params) == (model, params)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA:CPU alone widens")
+def test_no_table_is_kept_in_float32_beside_the_one_that_is_read():
+    model = dataclasses.replace(CONFIGS["alike"], dtype="bfloat16", vocab_size=4096).build()
+    model, params = take_apart(model, model.init(jax.random.key(0)))
+    decoder = Decoder(model=model, max_tokens=6, sampling=Sampling(temperature=0))
+    state = jax.eval_shape(decoder.start, params, pad_prompts([[1, 2, 3]], smallest=8), jax.random.key(0))
+    compiled = Decoder.advance.lower(decoder, params, state, np.int32(6)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * params["tokens"]["embedding"].size

@@ -79,6 +79,11 @@ def test_the_smaller_array_is_copied():
     assert arrange("BTD,BTF->DF", (8, 256, 64), (8, 256, 256)).left == "DBT"
 
 
+def test_of_few_rows_the_matrix_is_on_the_left():
+    assert arrange("BTD,FD->BTF", (4, 1, 64), (256, 64)).left == "FD"
+    assert arrange("BTD,FD->BTF", (4, 64, 64), (256, 64)).left == "BTD"
+
+
 def test_the_result_may_be_transposed():
     """XLA:CPU of jax 0.10.2 fails on the transpose of a bfloat16 product with float32 sums without a barrier."""
     x, y = draw("TD", 0, "bfloat16"), draw("DF", 1, "bfloat16")
