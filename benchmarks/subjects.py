@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks import ours
-from benchmarks.measuring import COPY, MATMUL, Comparison, Contender
+from benchmarks.measuring import Comparison, Contender
 from benchmarks.results import Row, Sample
 from benchmarks.rows import Rows
 from configs import bert, gpt2, llama3, mixtral, t5
@@ -73,7 +73,7 @@ class Generation:
             arguments = (weights, self.rows, self.new_tokens, dtype)
             contenders.append(Contender("transformers", _Peer("transformers_generate_work"), arguments))
         work = {"prompt": (self.rows.size, None), "whole": (self.rows.batch * (self.new_tokens + 1), None)}
-        return Comparison(name, dtype, tuple(contenders), work, self.note, (MATMUL, COPY))
+        return Comparison(name, dtype, tuple(contenders), work, self.note, copies=True)
 
     def bytes_read(self, dtype: str) -> float:
         """Returns how many bytes of weights and cache decoding cannot but read, all kept in `dtype`."""
