@@ -27,6 +27,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # Parts that give the machine's own speed: FLOP/s of a matrix product, bytes/s through memory.
 MATMUL, COPY = "matmul", "copy"
+# What a contender is asked for its facts with.
+FACTS = "facts"
 # How memory that is not there is called: by XLA, by PyTorch, by Python.
 NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "MemoryError")
 # Seconds that contenders have for a first round, and then for their facts, when the time is up.
@@ -107,10 +109,10 @@ def serve(descriptor: int) -> None:
         connection.send(None)
         while True:
             part = connection.recv()
-            if part is None:
+            if part == FACTS:
                 facts = {k: v() if callable(v) else v for k, v in work.facts.items()}
                 connection.send({"resident_bytes": peak_resident_bytes(), **facts})
-                return
+                continue
             started, processor = time.perf_counter(), time.process_time()
             result = parts[part]()
             sample = Sample(time.perf_counter() - started, time.process_time() - processor)
@@ -180,12 +182,15 @@ class Worker:
         self._send(part)
         return self._receive()
 
-    def close(self) -> dict[str, Any]:
-        """Ends the process and returns its facts."""
-        self._send(None)
+    def facts(self) -> dict[str, Any]:
+        """Returns what the process knows beside its times.
+
+        Raises:
+          ContenderError: it raised, or its process ended.
+        """
+        self._send(FACTS)
         while not isinstance(facts := self._receive(), dict):
             pass  # an answer that nobody waited for
-        self._process.wait()
         return facts
 
     def stop(self) -> None:
@@ -223,7 +228,7 @@ class Comparison:
       contenders: the first one is ours; it is made before the others start.
       work: by part, tokens and model operations (or None) of one call.
       note: what a reader must know.
-      speeds: parts of all contenders that give the machine's own speed.
+      copies: whether contenders have the part COPY, which is run once after the rounds.
     """
 
     subject: str
@@ -231,7 +236,7 @@ class Comparison:
     contenders: tuple[Contender, ...]
     work: dict[str, tuple[int, float | None]]
     note: str = ""
-    speeds: tuple[str, ...] = (MATMUL,)
+    copies: bool = False
 
     def measure(
         self,
@@ -284,7 +289,7 @@ class _Turns:
         self.lacking: list[Contender] = []
         self._comparison, self._say, self._until = comparison, say, until
         self._rows: dict[tuple[str, str], Row] = {}
-        self._peaks: dict[str, list[float]] = {speed: [] for speed in comparison.speeds}
+        self._peaks: list[float] = []
 
     def add(self, contender: Contender) -> None:
         """Makes a contender's work and does it twice."""
@@ -302,15 +307,14 @@ class _Turns:
         for worker in self.workers:
             worker.until = self._until if self.num_rounds else max(self._until, time.monotonic() + GRACE)
         samples: dict[tuple[str, str], Sample] = {}
-        peaks = dict.fromkeys(self._comparison.speeds, 0.0)
+        peak = 0.0
         try:
-            for parts in (tuple(self._comparison.work), self._comparison.speeds):
+            for parts in (tuple(self._comparison.work), (MATMUL,)):
                 for worker in list(self.workers):
                     try:
                         for part in parts:
                             samples[worker.contender.name, part], result = worker.run(part)
-                            if part in peaks:
-                                peaks[part] = max(peaks[part], result or 0.0)
+                            peak = max(peak, result or 0.0) if part == MATMUL else peak
                     except TimeUpError:
                         raise
                     except ContenderError as failure:
@@ -319,24 +323,26 @@ class _Turns:
             return False
         for key, row in self._rows.items():
             row.samples.append(samples[key])
-        for part, peak in peaks.items():
-            self._peaks[part].append(peak)
+        self._peaks.append(peak)
         self.num_rounds += 1
         return True
 
     def ask_facts(self) -> None:
-        """Ends the processes of those that answer, and adds what they know and the machine's speed to their rows."""
+        """Adds what those that answer know, and then the machine's own speed, to their rows."""
+        bandwidth = 0.0
         for worker in self.workers:
             worker.until = max(self._until, time.monotonic() + GRACE)
             try:
-                facts = worker.close()
+                facts = worker.facts()
+                for part in self._comparison.work:
+                    self._rows[worker.contender.name, part].facts = facts
+                if self._comparison.copies:
+                    # After the facts: what it copies is no memory that the work needs.
+                    bandwidth = max(bandwidth, worker.run(COPY)[1] or 0.0)
             except ContenderError as failure:
-                self._say(f"{self._comparison.subject} {self._comparison.dtype}: without its facts: {failure}")
-                continue
-            for part in self._comparison.work:
-                self._rows[worker.contender.name, part].facts = facts
+                self._say(f"{self._comparison.subject} {self._comparison.dtype}: at the end: {failure}")
         for row in self._rows.values():
-            row.matmul, row.bandwidth = (statistics.median(self._peaks.get(s) or [0.0]) for s in (MATMUL, COPY))
+            row.matmul, row.bandwidth = statistics.median(self._peaks or [0.0]), bandwidth
 
     def finished(self) -> list[Row]:
         """Returns the rows of at least one round."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import ours
-from benchmarks.measuring import COPY, MATMUL, Comparison, Contender, Named
+from benchmarks.measuring import Comparison, Contender, Named
 from benchmarks.results import Row, Sample
 from benchmarks.rows import Rows
 from configs import bert, gpt2, llama3, mixtral, t5
@@ -81,7 +81,7 @@ class Generation:
                 Contender("transformers", Named("benchmarks.peers", "transformers_generate_work"), arguments)
             )
         work = {"prompt": (self.rows.size, None), "whole": (self.rows.batch * (self.new_tokens + 1), None)}
-        return Comparison(name, dtype, tuple(contenders), work, self.note, (MATMUL, COPY))
+        return Comparison(name, dtype, tuple(contenders), work, self.note, copies=True)
 
     def bytes_read(self, dtype: str) -> float:
         """Returns how many bytes of weights and cache decoding cannot but read, all kept in `dtype`."""

@@ -44,7 +44,9 @@ def test_contenders_take_turns_in_their_own_python_and_a_broken_one_is_left_out(
         Contender("broken", contenders.fails, ()),
         Contender("absent", contenders.counts, (3,), _script(tmp_path / "absent", "exit 3")),
     )
-    rows = Comparison("s", "float32", some, {"step": (10, 1e3)}).measure(2, said.append)
+    rows = Comparison("s", "float32", some, {"step": (10, 1e3)}, copies=True).measure(2, said.append)
+    # What is copied to measure the machine comes after what the work needed was told.
+    assert [(row.bandwidth, row.facts["copies"]) for row in rows] == [(1e9, 0), (1e9, 0)]
     assert [(row.who, row.first_result, row.facts["total"], len(row.samples)) for row in rows] == [
         ("1", 1.0, 1, 2),
         ("2", 2.0, 2, 2),
