@@ -7,7 +7,6 @@ same kind of step (AdamW, clipping, float32 parameters, nothing computed again),
 import json
 import os
 import pathlib
-import time
 from typing import Any
 
 import jax
@@ -150,6 +149,4 @@ def train_work(folder: str, rows: Rows, dtype: str) -> Work:
             box.append(_make_step(pathlib.Path(folder), rows, dtype))
         return box[0]()
 
-    while not (pathlib.Path(folder) / "config.json").exists():
-        time.sleep(0.1)
     return Work({"step": step}, matmul(dtype), memory())

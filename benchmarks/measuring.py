@@ -8,6 +8,7 @@ compile, are timed apart.
 import contextlib
 import dataclasses
 import importlib
+import math
 import multiprocessing
 import os
 import pathlib
@@ -16,21 +17,22 @@ import statistics
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any
 
-MATMUL = "matmul"
-MEBIBYTE = 2**20
+from benchmarks.results import Row, Sample
+
 ROOT = pathlib.Path(__file__).parent.parent
 
-
-class Sample(NamedTuple):
-    """Seconds that passed, and seconds that all threads of the contender's process computed."""
-
-    clock: float
-    processor: float
+# Parts that give the machine's own speed: FLOP/s of a matrix product, bytes/s through memory.
+MATMUL, COPY = "matmul", "copy"
+# What a contender is asked for its facts with.
+FACTS = "facts"
+# How memory that is not there is called: by XLA, by PyTorch, by Python.
+NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "MemoryError")
+# Seconds that contenders have for a first round, and then for their facts, when the time is up.
+GRACE = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,16 @@ class Contender:
 
 
 class ContenderError(Exception):
-    """A contender could not be made or run; the message is its last line."""
+    """A contender could not be made or run; the message says why in a line."""
+
+    @property
+    def lacks_memory(self) -> bool:
+        """Whether there was too little memory."""
+        return any(words in str(self) for words in NO_MEMORY)
+
+
+class TimeUpError(ContenderError):
+    """A contender gave no answer in time."""
 
 
 def serve(descriptor: int) -> None:
@@ -93,15 +104,15 @@ def serve(descriptor: int) -> None:
         name = contender.name
         work = contender.make(*contender.arguments)
         product, flops = work.matmul
-        parts = {**work.parts, MATMUL: lambda: flops / min(_clock(product) for _ in range(5))}
+        parts = {**work.parts, MATMUL: lambda: best_speed(product, flops)}
         product()
         connection.send(None)
         while True:
             part = connection.recv()
-            if part is None:
+            if part == FACTS:
                 facts = {k: v() if callable(v) else v for k, v in work.facts.items()}
                 connection.send({"resident_bytes": peak_resident_bytes(), **facts})
-                return
+                continue
             started, processor = time.perf_counter(), time.process_time()
             result = parts[part]()
             sample = Sample(time.perf_counter() - started, time.process_time() - processor)
@@ -109,8 +120,13 @@ def serve(descriptor: int) -> None:
     except EOFError:
         return
     except Exception as error:
-        last = traceback.format_exc().strip().splitlines()[-1]
-        connection.send(ContenderError(f"{name}: {last} ({type(error).__name__})"[:300]))
+        why = " ".join(str(error).split())
+        connection.send(ContenderError(f"{name}: {type(error).__name__}: {why}"[:300]))
+
+
+def best_speed(function: Callable[[], Any], amount: float) -> float:
+    """Returns how much is done in a second by the quickest of five calls that each do so much."""
+    return amount / min(_clock(function) for _ in range(5))
 
 
 def _clock(function: Callable[[], Any]) -> float:
@@ -125,15 +141,20 @@ def peak_resident_bytes() -> int:
 
 
 class Worker:
-    """The process of a contender; made at once, and waits to be told what to do."""
+    """The process of a contender; made at once, and waits to be told what to do.
 
-    def __init__(self, contender: Contender) -> None:
+    Attributes:
+      contender: whose it is.
+      until: by `time.monotonic()`, how long it is waited for.
+    """
+
+    def __init__(self, contender: Contender, until: float = math.inf) -> None:
         """Starts the process and waits until its work is made.
 
         Raises:
           ContenderError: it could not be made.
         """
-        self.contender = contender
+        self.contender, self.until = contender, until
         self._connection, theirs = multiprocessing.Pipe()
         serving = f"from benchmarks import measuring; measuring.serve({theirs.fileno()})"
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -144,9 +165,13 @@ class Worker:
             stdout=subprocess.DEVNULL,  # what a library prints belongs in no table
         )
         theirs.close()
-        with contextlib.suppress(ConnectionError):  # _receive says how it ended
-            self._connection.send(contender)
-        self._receive()
+        try:
+            with contextlib.suppress(ConnectionError):  # _receive says how it ended
+                self._connection.send(contender)
+            self._receive()
+        except ContenderError:
+            self.stop()
+            raise
 
     def run(self, part: str) -> tuple[Sample, float | None]:
         """Runs a part once; returns its times and the number it gave, if any.
@@ -154,14 +179,18 @@ class Worker:
         Raises:
           ContenderError: it raised, or its process ended.
         """
-        self._connection.send(part)
+        self._send(part)
         return self._receive()
 
-    def close(self) -> dict[str, Any]:
-        """Ends the process and returns its facts."""
-        self._connection.send(None)
-        facts = self._receive()
-        self._process.wait()
+    def facts(self) -> dict[str, Any]:
+        """Returns what the process knows beside its times.
+
+        Raises:
+          ContenderError: it raised, or its process ended.
+        """
+        self._send(FACTS)
+        while not isinstance(facts := self._receive(), dict):
+            pass  # an answer that nobody waited for
         return facts
 
     def stop(self) -> None:
@@ -169,7 +198,13 @@ class Worker:
         self._process.kill()
         self._process.wait()
 
+    def _send(self, message: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # _receive says how the process ended
+            self._connection.send(message)
+
     def _receive(self) -> Any:
+        if self.until < math.inf and not self._connection.poll(max(self.until - time.monotonic(), 0.0)):
+            raise TimeUpError(f"{self.contender.name}: no answer before the time was up")
         try:
             answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
@@ -183,58 +218,6 @@ class Worker:
         return answer
 
 
-@dataclasses.dataclass
-class Row:
-    """What one contender did in one part of a subject.
-
-    Attributes:
-      subject: what was run.
-      dtype: of computation.
-      part: of it.
-      who: the contender.
-      first: seconds of the first call, which compiles.
-      first_result: the number that it gave, such as a loss.
-      samples: of the rounds.
-      tokens: of one call.
-      flops: the model's operations of one call, or None.
-      matmul: FLOP/s of this machine's products in the same run, the best of all contenders.
-      facts: of the contender.
-      note: what a reader must know of the subject.
-    """
-
-    subject: str
-    dtype: str
-    part: str
-    who: str
-    first: float
-    first_result: float | None
-    samples: list[Sample]
-    tokens: int
-    flops: float | None
-    matmul: float = 0.0
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    note: str = ""
-
-    @property
-    def seconds(self) -> float:
-        """Median of a call by the clock."""
-        return statistics.median(s.clock for s in self.samples)
-
-    @property
-    def spread(self) -> float:
-        """Longest minus shortest, over the median."""
-        clocks = [s.clock for s in self.samples]
-        return (max(clocks) - min(clocks)) / self.seconds
-
-    def speedup_over(self, other: "Row") -> tuple[float, float]:
-        """Returns how many times faster this is: medians over rounds of the ratios by clock and by processor."""
-        pairs = list(zip(other.samples, self.samples, strict=True))
-        return (
-            statistics.median(theirs.clock / ours.clock for theirs, ours in pairs),
-            statistics.median(theirs.processor / max(ours.processor, 1e-9) for theirs, ours in pairs),
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Contenders that do the same work.
@@ -245,6 +228,7 @@ class Comparison:
       contenders: the first one is ours; it is made before the others start.
       work: by part, tokens and model operations (or None) of one call.
       note: what a reader must know.
+      copies: whether contenders have the part COPY, which is run once after the rounds.
     """
 
     subject: str
@@ -252,73 +236,152 @@ class Comparison:
     contenders: tuple[Contender, ...]
     work: dict[str, tuple[int, float | None]]
     note: str = ""
+    copies: bool = False
 
-    def measure(self, rounds: int, say: Callable[[str], None]) -> list[Row]:
-        """Runs all contenders round by round; one that cannot run is left out, and `say` is told why."""
-        workers: list[Worker] = []
-        rows: dict[tuple[str, str], Row] = {}
-        peaks: list[float] = []
+    def measure(
+        self,
+        rounds: int,
+        say: Callable[[str], None],
+        keep: Callable[[list[Row]], None] = lambda rows: None,
+        until: float = math.inf,
+    ) -> list[Row]:
+        """Runs all contenders round by round; one that cannot run is left out, and `say` is told why.
+
+        One whose memory is taken by the others, as on a device that all share, runs after them, alone.
+
+        Args:
+          rounds: at most so many.
+          say: prints a line.
+          keep: is given the rows after each round.
+          until: by `time.monotonic()`, when the time is up: what cannot be made by then is left out.
+        """
+        rows: list[Row] = []
+        waiting = [self.contenders]
+        while waiting:
+            turns = _Turns(self, say, until)
+            try:
+                for contender in waiting.pop(0):
+                    turns.add(contender)
+                while turns.workers and turns.num_rounds < rounds and turns.play():
+                    keep(rows + turns.finished())
+                if turns.workers and turns.num_rounds < rounds:
+                    say(f"{self.subject} {self.dtype}: the time is up after {turns.num_rounds} of {rounds} rounds")
+                turns.ask_facts()
+            finally:
+                turns.stop()
+            rows.extend(turns.finished())
+            waiting += [(contender,) for contender in turns.lacking]
+        return sorted(rows, key=lambda row: list(self.work).index(row.part))
+
+
+class _Turns:
+    """Contenders that take turns.
+
+    Attributes:
+      workers: processes of those that can run.
+      num_rounds: how many were finished.
+      lacking: contenders that found no memory beside the others.
+    """
+
+    def __init__(self, comparison: Comparison, say: Callable[[str], None], until: float) -> None:
+        self.workers: list[Worker] = []
+        self.num_rounds = 0
+        self.lacking: list[Contender] = []
+        self._comparison, self._say, self._until = comparison, say, until
+        self._rows: dict[tuple[str, str], Row] = {}
+        self._peaks: list[float] = []
+
+    def add(self, contender: Contender) -> None:
+        """Makes a contender's work and does it twice."""
         try:
-            for contender in self.contenders:
-                try:
-                    worker = Worker(contender)
-                    found = self._first_calls(worker)
-                except ContenderError as failure:
-                    say(f"{self.subject} {self.dtype}: left out: {failure}")
-                    continue
-                workers.append(worker)
-                rows.update(found)
-            for _ in range(rounds):
-                for worker in workers:
-                    for part in self.work:
-                        rows[worker.contender.name, part].samples.append(worker.run(part)[0])
-                peaks.append(max(worker.run(MATMUL)[1] or 0.0 for worker in workers))
-            for worker in workers:
-                facts = worker.close()
-                for part in self.work:
-                    row = rows[worker.contender.name, part]
-                    row.facts, row.matmul = facts, statistics.median(peaks)
-        finally:
-            for worker in workers:
-                worker.stop()
-        return sorted(rows.values(), key=lambda row: list(self.work).index(row.part))
+            self.workers.append(Worker(contender, self._until))
+            self._first_calls(self.workers[-1])
+        except ContenderError as failure:
+            self._leave_out(contender, failure)
 
-    def _first_calls(self, worker: Worker) -> dict[tuple[str, str], Row]:
-        found = {}
-        for part, (tokens, flops) in self.work.items():
+    def play(self) -> bool:
+        """Runs a round; returns whether it was finished, for all or for none, before the time was up.
+
+        What is made by then has its first round in any case, if it is quick.
+        """
+        for worker in self.workers:
+            worker.until = self._until if self.num_rounds else max(self._until, time.monotonic() + GRACE)
+        samples: dict[tuple[str, str], Sample] = {}
+        peak = 0.0
+        try:
+            for parts in (tuple(self._comparison.work), (MATMUL,)):
+                for worker in list(self.workers):
+                    try:
+                        for part in parts:
+                            samples[worker.contender.name, part], result = worker.run(part)
+                            peak = max(peak, result or 0.0) if part == MATMUL else peak
+                    except TimeUpError:
+                        raise
+                    except ContenderError as failure:
+                        self._leave_out(worker.contender, failure)
+        except TimeUpError:
+            return False
+        for key, row in self._rows.items():
+            row.samples.append(samples[key])
+        self._peaks.append(peak)
+        self.num_rounds += 1
+        return True
+
+    def ask_facts(self) -> None:
+        """Adds what those that answer know, and then the machine's own speed, to their rows."""
+        bandwidth = 0.0
+        for worker in self.workers:
+            worker.until = max(self._until, time.monotonic() + GRACE)
+            try:
+                facts = worker.facts()
+                for part in self._comparison.work:
+                    self._rows[worker.contender.name, part].facts = facts
+                if self._comparison.copies:
+                    # After the facts: what it copies is no memory that the work needs.
+                    bandwidth = max(bandwidth, worker.run(COPY)[1] or 0.0)
+            except ContenderError as failure:
+                self._say(f"{self._comparison.subject} {self._comparison.dtype}: at the end: {failure}")
+        for row in self._rows.values():
+            row.matmul, row.bandwidth = statistics.median(self._peaks or [0.0]), bandwidth
+
+    def finished(self) -> list[Row]:
+        """Returns the rows of at least one round."""
+        return [row for row in self._rows.values() if row.samples]
+
+    def stop(self) -> None:
+        """Ends all processes."""
+        for worker in self.workers:
+            worker.stop()
+
+    def _first_calls(self, worker: Worker) -> None:
+        comparison, name = self._comparison, worker.contender.name
+        for part, (tokens, flops) in comparison.work.items():
             sample, result = worker.run(part)
             worker.run(part)  # settles allocators and caches
-            name = worker.contender.name
-            found[name, part] = Row(
-                self.subject, self.dtype, part, name, sample.clock, result, [], tokens, flops, note=self.note
+            self._rows[name, part] = Row(
+                comparison.subject,
+                comparison.dtype,
+                part,
+                name,
+                sample.clock,
+                result,
+                [],
+                tokens,
+                flops,
+                note=comparison.note,
             )
-        return found
 
-
-HEADER = (
-    f"{'subject':16} {'dtype':8} {'part':8} {'who':18} {'tokens/s':>10} {'spread':>6} {'GFLOP/s':>8} {'of peak':>7} "
-    f"{'cpu s':>8} {'memory':>7} {'first s':>7} {'faster':>7} {'by cpu':>7}"
-)
-
-
-def lines(rows: Iterable[Row]) -> list[str]:
-    """Returns the table's lines: one a row; "faster" is ours over theirs, beside theirs, by clock and by processor."""
-    found, ours = [], {}
-    for row in rows:
-        mine = ours.setdefault((row.subject, row.dtype, row.part), row)
-        speed = "       -       -" if row.flops is None else f"{row.flops / row.seconds / 1e9:8.1f} {_share(row):>7}"
-        ratios = ("", "") if row is mine else tuple(f"{ratio:.2f}" for ratio in mine.speedup_over(row))
-        memory = row.facts.get("device_bytes") or row.facts.get("resident_bytes", 0)
-        found.append(
-            f"{row.subject:16} {row.dtype:8} {row.part:8} {row.who:18} {row.tokens / row.seconds:10,.0f} "
-            f"{row.spread:6.0%} {speed:>16} {statistics.median(s.processor for s in row.samples):8.3f} "
-            f"{memory / MEBIBYTE:6,.0f}M {row.first:7.1f} {ratios[0]:>7} {ratios[1]:>7}"
-        )
-    return found
-
-
-def _share(row: Row) -> str:
-    return "-" if row.flops is None or not row.matmul else f"{row.flops / row.seconds / row.matmul:.1%}"
+    def _leave_out(self, contender: Contender, failure: ContenderError) -> None:
+        for worker in [worker for worker in self.workers if worker.contender is contender]:
+            worker.stop()
+            self.workers.remove(worker)
+        for part in self._comparison.work:
+            self._rows.pop((contender.name, part), None)
+        later = failure.lacks_memory and bool(self.workers)
+        if later:
+            self.lacking.append(contender)
+        how = "alone, after the others" if later else "left out"
+        self._say(f"{self._comparison.subject} {self._comparison.dtype}: {how}: {failure}")
 
 
 def use_threads(count: int | None) -> int:

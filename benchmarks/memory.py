@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import device, ours, subjects
-from benchmarks.measuring import MEBIBYTE, Comparison, Contender, Work
+from benchmarks.measuring import Comparison, Contender, Work
+from benchmarks.results import MEBIBYTE
 
 SETTINGS: tuple[tuple[str, int | None], ...] = (
     ("none", None),
@@ -41,15 +42,17 @@ def contenders(subject: subjects.TrainStep) -> Iterator[Contender]:
         yield Contender(f"{remat}/{chunk or 'whole'}", work, (model, subject.rows, chunk))
 
 
-def measure(suite: str, rounds: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Measures the settings side by side and prints a line for each."""
+def measure(suite: str, rounds: int, say: Callable[[str], None], until: float) -> dict[str, Any]:
+    """Measures the settings side by side, `until` as for `Comparison.measure`, and prints a line for each."""
     subject: Any = subjects.CPU["train-tiny"] if suite == "cpu" else subjects.GPU["train-gpt2"]
     comparison = Comparison(
         "memory", subject.model.dtype, tuple(contenders(subject)), {"step": (subject.rows.size, None)}
     )
     found = {}
     say(f"{'remat/loss chunk':20} {'state':>8} {'temporary':>10} {'tokens/s':>9} {'cpu s':>7}")
-    for row in comparison.measure(rounds, say):
+    for row in comparison.measure(rounds, say, until=until):
+        if not row.facts:
+            continue  # it did not answer in time
         processor = statistics.median(s.processor for s in row.samples)
         state, temporary = row.facts["argument_bytes"], row.facts["temporary_bytes"]
         say(

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.device import matmul, memory
-from benchmarks.measuring import Work
+from benchmarks.device import copy, matmul, memory
+from benchmarks.measuring import COPY, Work
 from benchmarks.rows import Rows
 from lm import interop, parallel
 from lm.batch import Batch
@@ -102,7 +102,9 @@ def train_work(model: Transformer, rows: Rows, folder: str | None) -> Work:
 
     if folder is not None:
         save_first_weights(model, folder)
-    return Work({"step": step}, matmul(model.dtype), memory())
+    # Whether XLA was given cuDNN's kernel, which the kernel Auto takes on GPUs where it can.
+    facts = {**memory(), "cudnn_attention": lambda: "fmha" in box[0].compiled.as_text()}
+    return Work({"step": step}, matmul(model.dtype), facts)
 
 
 def save_first_weights(model: Transformer, folder: str | None) -> Any:
@@ -134,4 +136,4 @@ def generate_work(model: Transformer, rows: Rows, new_tokens: int, folder: str |
             made["tokens"] = decoder.generate(params, prompts).tokens
 
     facts = {**memory(), "tokens": lambda: made["tokens"].tolist()}
-    return Work({"prompt": read, "whole": whole}, matmul(model.dtype), facts)
+    return Work({"prompt": read, "whole": whole, COPY: copy}, matmul(model.dtype), facts)

@@ -2,20 +2,24 @@
 
 Each subject is run by all contenders in turn, round by round, each in a process of its own with the same cores,
 shapes, dtype and data. Columns: tokens/s at the median round; spread (longest minus shortest round over the median);
-model FLOP/s and their share of the best matrix-product speed measured in the same rounds; processor seconds of all
-threads; peak memory (of the process, libraries included, or of the device where it counts); seconds of the first call,
-which compiles; and, beside a peer, how many times faster we are: median over rounds of theirs over ours, by the clock
-and by processor seconds (steadier where the machine is shared). Exit status 2: a flag or the device does not fit.
+model FLOP/s and their share of the best matrix-product speed measured in the same rounds (decoding: GB/s of weights
+and cache, marked B, and their share of the best copy's); processor seconds of all threads; peak memory (of the
+process, libraries included, or of the device where it counts); seconds of the first call, which compiles; and, beside
+a peer, how many times faster we are: median over rounds of theirs over ours, by the clock and by processor seconds
+(steadier where the machine is shared). What finds no memory beside the others runs after them, alone. On a GPU
+float32 products are of TensorFloat-32 on both sides, as jax does by default. Exit status 2: a flag or the device does
+not fit.
 
-Subjects: train-SIZE, generate-SIZE-ROWS, memory (remat and chunked loss), data (the pipeline
-alone), start (process start to first step of the quickstart). --subjects takes whole names or beginnings.
+Subjects: train-SIZE, generate-SIZE-ROWS, memory (remat and chunked loss), data (the pipeline alone), start (process
+start to first step of the quickstart). --subjects takes whole names or beginnings. --minutes ends the program by
+itself; --output is written after each round, so that a program that is killed leaves what it had.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
-import json
+import math
 import os
 import pathlib
 import platform
@@ -27,7 +31,8 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.measuring import HEADER, Row, lines, use_threads
+from benchmarks.measuring import use_threads
+from benchmarks.results import HEADER, Record, Row, lines
 from lm import flags as program
 from lm.config import UserError
 
@@ -40,6 +45,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Interleaved rounds.", lower_bound=1
 _DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "Dtypes of computation.")
 _THREADS = flags.DEFINE_integer("threads", None, "Cores for each contender; all by default.", lower_bound=1)
 _COMPILED = flags.DEFINE_bool("torch_compile", True, "Whether peers are also measured under torch.compile.")
+_MINUTES = flags.DEFINE_float("minutes", None, "Ends after so many, with what was measured by then.", lower_bound=0.0)
 _MAXTEXT = flags.DEFINE_string(
     "maxtext_python", None, "The Python that has MaxText, which brings a jax of its own; by default this one."
 )
@@ -74,7 +80,9 @@ def _check() -> list[str]:
     for wanted in _SUBJECTS.value:
         if not any(name.startswith(wanted) for name in known):
             raise UserError(f"--subjects: {wanted!r} begins no subject; there are {', '.join(known)}")
-    return [name for name in known if not _SUBJECTS.value or any(name.startswith(w) for w in _SUBJECTS.value)]
+    # A whole name is that subject's alone, though others begin with it.
+    whole, beginnings = set(_SUBJECTS.value) & set(known), tuple(set(_SUBJECTS.value) - set(known))
+    return [name for name in known if not _SUBJECTS.value or name in whole or name.startswith(beginnings)]
 
 
 def _choose_device() -> None:
@@ -95,6 +103,8 @@ def _choose_device() -> None:
     # Threads of a peer that wait must not keep the others' cores busy; every start compiles.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    # The peers' weights are ours: nothing is looked up.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def _pythons() -> dict[str, str]:
@@ -142,35 +152,39 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _compared(name: str, folder: pathlib.Path) -> list[Row]:
+def _compared(name: str, folder: pathlib.Path, record: Record, until: float) -> None:
     """Measures a subject that has peers, in each dtype; prints its lines."""
     from benchmarks import subjects
 
     subject: Any = (subjects.CPU if _SUITE.value == "cpu" else subjects.GPU)[name]
-    found = []
+    found: list[Row] = []
+
+    def keep(rows: list[Row]) -> None:
+        record.keep(name, [dataclasses.asdict(row) for row in found + rows])
+
     for dtype in _DTYPES.value:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             comparison = subject.compare(name, dtype, _pythons(), pathlib.Path(own))
             if not _COMPILED.value:
                 kept = tuple(c for c in comparison.contenders if not c.name.endswith("compiled"))
                 comparison = dataclasses.replace(comparison, contenders=kept)
-            rows = comparison.measure(_ROUNDS.value, _say)
+            rows = comparison.measure(_ROUNDS.value, _say, keep, until)
         if isinstance(subject, subjects.Generation):
-            rows = subjects.add_decoding(rows, subject.new_tokens, subject.rows.batch)
+            rows = subjects.add_decoding(rows, subject.new_tokens, subject.rows.batch, subject.bytes_read(dtype))
         for line in lines(row for row in rows if row.part != "whole"):
             _say(line)
         found += rows
+        keep([])
     if subject.note:
         _say(f"{name}: {subject.note}")
-    return found
 
 
-def _extra(name: str, folder: pathlib.Path) -> dict[str, Any]:
+def _extra(name: str, folder: pathlib.Path, until: float) -> dict[str, Any]:
     """Measures a subject without peers; prints and returns its figures."""
     from benchmarks import memory, pipeline, starting
 
     if name == "memory":
-        return memory.measure(_SUITE.value, _ROUNDS.value, _say)
+        return memory.measure(_SUITE.value, _ROUNDS.value, _say, until)
     if name == "start":
         found = starting.measure(folder)
         _say(
@@ -184,21 +198,29 @@ def _extra(name: str, folder: pathlib.Path) -> dict[str, Any]:
 
 def main(_: list[str]) -> int:
     """Measures what the flags ask for."""
+    until = math.inf if _MINUTES.value is None else time.monotonic() + 60 * _MINUTES.value
     names = _check()
     threads = use_threads(_THREADS.value)
     machine = {"processor": _processor(), "threads": threads, "load": os.getloadavg()[0], **_versions()}
+    if _SUITE.value == "gpu":
+        import jax
+
+        machine["device"] = jax.devices()[0].device_kind
     _say(", ".join(f"{key} {value}" for key, value in machine.items()))
     _say(f"{_ROUNDS.value} rounds\n{HEADER}")
-    found: dict[str, Any] = {"machine": machine, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "subjects": {}}
+    found = {"machine": machine, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    record = Record(found, None if _OUTPUT.value is None else pathlib.Path(_OUTPUT.value))
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            if name in EXTRA:
-                found["subjects"][name] = _extra(name, pathlib.Path(folder))
+            if time.monotonic() > until:
+                _say(f"{name}: left out: the time is up")
+            elif name in EXTRA:
+                try:
+                    record.keep(name, _extra(name, pathlib.Path(folder), until))
+                except (RuntimeError, UserError) as error:
+                    _say(f"{name}: left out: {error}")
             else:
-                rows = _compared(name, pathlib.Path(folder))
-                found["subjects"][name] = [dataclasses.asdict(row) for row in rows]
-            if _OUTPUT.value is not None:
-                pathlib.Path(_OUTPUT.value).write_text(json.dumps(found, indent=1), encoding="utf-8")
+                _compared(name, pathlib.Path(folder), record, until)
     return 0
 
 

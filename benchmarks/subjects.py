@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import ours
-from benchmarks.measuring import Comparison, Contender, Named, Row, Sample
+from benchmarks.measuring import Comparison, Contender, Named
+from benchmarks.results import Row, Sample
 from benchmarks.rows import Rows
 from configs import bert, gpt2, llama3, mixtral, t5
-from lm.models import Auto, Mlp, Rotary
+from lm.models import Auto, Mlp, Rotary, accounting
 from lm.models.transformer import Transformer
 
 
@@ -80,7 +81,14 @@ class Generation:
                 Contender("transformers", Named("benchmarks.peers", "transformers_generate_work"), arguments)
             )
         work = {"prompt": (self.rows.size, None), "whole": (self.rows.batch * (self.new_tokens + 1), None)}
-        return Comparison(name, dtype, tuple(contenders), work, self.note)
+        return Comparison(name, dtype, tuple(contenders), work, self.note, copies=True)
+
+    def bytes_read(self, dtype: str) -> float:
+        """Returns how many bytes of weights and cache decoding cannot but read, all kept in `dtype`."""
+        model = dataclasses.replace(self.model, dtype=dtype)
+        weights = accounting.num_active_parameters(model.build().parameters()) * model.compute_dtype.itemsize
+        length = self.rows.length + self.new_tokens / 2
+        return self.new_tokens * (weights + self.rows.batch * length * accounting.cache_bytes_per_token(model))
 
 
 def _is_llama(model: Transformer) -> bool:
@@ -97,15 +105,16 @@ def _both(who: str, make: str, arguments: tuple[Any, ...]) -> list[Contender]:
     return [Contender(f"{who} {way}", function, (*arguments, compiled)) for compiled, way in ways]
 
 
-def add_decoding(rows: list[Row], new_tokens: int, batch: int) -> list[Row]:
-    """Adds the part "decode": generation without its prompt and first token, round by round."""
+def add_decoding(rows: list[Row], new_tokens: int, batch: int, bytes_read: float) -> list[Row]:
+    """Adds the part "decode", which reads so many bytes: generation without its prompt and first token, by rounds."""
     prompts = {row.who: row for row in rows if row.part == "prompt"}
     found = []
     for row in rows:
         if row.part == "whole":
             pairs = zip(row.samples, prompts[row.who].samples, strict=True)
             samples = [Sample(*(max(a - b, 1e-9) for a, b in zip(*pair, strict=True))) for pair in pairs]
-            found.append(dataclasses.replace(row, part="decode", samples=samples, tokens=new_tokens * batch, first=0.0))
+            made = {"tokens": new_tokens * batch, "first": 0.0, "moved": bytes_read}
+            found.append(dataclasses.replace(row, part="decode", samples=samples, **made))
     return rows + found
 
 

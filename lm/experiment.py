@@ -70,6 +70,10 @@ class EvaluationConfig:
             return None
         return 2 * self.num_batches * (self.batch_size or batch_size) / batch_size
 
+    def phase(self, *, whole: bool) -> str:
+        """Returns how a run's timeline calls an evaluation: one of the whole split is compared with such only."""
+        return "evaluate_whole" if whole and self.num_batches is not None else "evaluate"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

@@ -74,7 +74,8 @@ def _parse(argv: list[str], module: str, schema: Callable[[], type] | None) -> l
         foreign = [argument for argument in argv[1:] if re.match(r"--?config([.=]|$)", argument)]
         if schema is None and foreign:
             raise ConfigError(
-                f"{foreign[0]}: only lm.train takes a config; a run's own is read from its folder (--workdir)"
+                f"{foreign[0]}: only lm.train and lm.plan take a config; a run's own is read from its folder"
+                " (--workdir)"
             )
         waiting: str | None = None
         for argument in argv[1:]:

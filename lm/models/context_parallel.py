@@ -258,9 +258,9 @@ def attend(
     if is_placed():
         platform = platform_of(current()[0])
         features = _features(arrays, layout, scoring)
-        # What is only planned is planned with what the compiler sees into.
-        kernel = kernel.resolve(platform or "cpu", features, arrays[0].shape[1] * arrays[1].shape[1])
-        kernel = kernel.portable() if platform is None else kernel
+        kernel = kernel.resolve(platform or "none", features, arrays[0].shape[1] * arrays[1].shape[1])
+        # What is only planned is planned with what the compiler sees into, on any platform.
+        kernel = kernel.portable() if platform is None and kernel.opaque else kernel
         problems = [] if platform is None else platform_problems(kernel, platform)
         if problems:
             raise ValueError("\n".join(problems))

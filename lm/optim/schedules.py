@@ -135,15 +135,17 @@ class WarmupStableDecay:
 
     def problems(self, num_steps: int) -> list[str]:
         """Returns why the schedule cannot serve a run of `num_steps`."""
-        problems = _warmup_problems(self.warmup_steps, num_steps) + _final_problems(self.final_factor)
+        problems = _final_problems(self.final_factor)
         if self.decay_steps < 1:
             problems.append(f"schedule.decay_steps is {self.decay_steps}; it is 1 or more")
-        elif self.warmup_steps + self.decay_steps > num_steps > 0:
-            problems.append(
+        elif self.warmup_steps >= 0 and self.warmup_steps + self.decay_steps > num_steps > 0:
+            # Also where the warm-up alone is too long: one cause, one sentence.
+            return [
                 f"schedule.warmup_steps {self.warmup_steps} and schedule.decay_steps {self.decay_steps} together "
-                f"exceed the run's {num_steps} steps; lower one"
-            )
-        return problems
+                f"exceed the run's {num_steps} steps; lower them, or raise num_steps",
+                *problems,
+            ]
+        return _warmup_problems(self.warmup_steps, num_steps) + problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -265,7 +265,7 @@ class TrainLoop:
 
         With `again`, or `whole`, its figures take the place of those that the step may have in the log already.
         """
-        with self._timeline.phase("evaluate"):
+        with self._timeline.phase(self.config.evaluation.phase(whole=whole)):
             try:
                 figures = self.measuring.measure(self.step, state, self._stopping.check, whole=whole)
             except StoppedError:

@@ -1,8 +1,9 @@
 """Where a run's time goes: phases, goodput, stalls of each kind, and recompilations.
 
 Knows no thread and no log. Phases are `start`, `compile` (the first step of a process), `data` (waiting for a batch),
-`step` (dispatching one and waiting for the devices), `evaluate`, `save`. Law: each moment of the loop is in one phase,
-the innermost; goodput is the time of the phase `step`, of steps that count, over the time since the run first began.
+`step` (dispatching one and waiting for the devices), `evaluate`, `evaluate_whole` (the whole split, where others are of
+some batches), `save`. Law: each moment of the loop is in one phase, the innermost; goodput is the time of the phase
+`step`, of steps that count, over the time since the run first began.
 """
 
 import calendar

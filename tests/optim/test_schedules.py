@@ -39,7 +39,8 @@ def test_laws(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 def test_warm_up_longer_than_the_run_is_a_problem(schedule):
-    assert any("warmup_steps" in problem for problem in schedule.problems(10))
+    (problem,) = schedule.problems(10)
+    assert "warmup_steps" in problem
 
 
 def test_known_values():
@@ -76,9 +77,11 @@ def test_inverse_square_root_is_the_transformers():
         (Linear(warmup_steps=-1), "warmup_steps"),
         (WarmupStableDecay(decay_steps=0), "decay_steps"),
         (WarmupStableDecay(warmup_steps=60, decay_steps=60), "decay_steps"),
+        (WarmupStableDecay(warmup_steps=-60, decay_steps=200), "warmup_steps is -60"),
         (InverseSquareRoot(plateau_steps=0), "plateau_steps"),
     ],
     ids=repr,
 )
 def test_problems_name_the_field(schedule, field):
-    assert any(field in problem for problem in schedule.problems(NUM_STEPS))
+    (problem,) = schedule.problems(NUM_STEPS)
+    assert field in problem

@@ -115,7 +115,7 @@ def test_a_config_file_that_does_not_import(call, tmp_path, line):
 def test_the_config_of_a_trained_run_is_that_of_its_folder(program, flag):
     code, out, err = run(f"lm.{program}", "--workdir=nowhere", flag)
     assert (code, out) == (2, "")
-    sentence = f"{flag}: only lm.train takes a config; a run's own is read from its folder (--workdir)"
+    sentence = f"{flag}: only lm.train and lm.plan take a config; a run's own is read from its folder (--workdir)"
     assert err == f"{program}: {sentence}\n"
 
 

@@ -29,6 +29,7 @@ from lm.training.events import Events, read_events
 from lm.training.logging import read_metrics
 from lm.training.loop import train
 from lm.training.manifests import read_manifest, write_manifest
+from lm.training.timeline import Timeline
 from lm.training.workdir import WorkdirError
 from tests.training.experiments import tiny
 
@@ -52,7 +53,9 @@ def test_a_finished_run_started_again_adds_nothing(tmp_path, corpus, capfd):
     assert "nan" not in capfd.readouterr().err
 
 
-def test_data_that_end_where_an_evaluation_is_due_are_still_scored_whole(tmp_path):
+def test_data_that_end_where_an_evaluation_is_due_are_still_scored_whole(tmp_path, monkeypatch):
+    phases, phase = [], Timeline.phase
+    monkeypatch.setattr(Timeline, "phase", lambda timeline, name: phases.append(name) or phase(timeline, name))
     source = _write(tmp_path / "text")
     data = dataclasses.replace(tiny(source).data, num_epochs=1, window=4)
     run = tiny(source, data=data, num_steps=1000, batch_size=8, evaluation=EvaluationConfig(every=1, num_batches=1))
@@ -60,6 +63,7 @@ def test_data_that_end_where_an_evaluation_is_due_are_still_scored_whole(tmp_pat
     ends = _lines(tmp_path / "run", "validation")[-1]
     assert [line["step"] for line in _lines(tmp_path / "run", "validation")] == list(range(1, ends["step"] + 1))
     assert ends["tokens"] > 8 * 16
+    assert [name for name in phases if "evaluate" in name] == ["evaluate"] * ends["step"] + ["evaluate_whole"]
 
 
 def test_a_run_stopped_by_bad_text_loses_no_step(tmp_path):

@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from lm.experiment import EvaluationConfig
 from lm.training.events import Events, read_events
 from lm.training.timeline import Timeline
 from lm.training.watchdog import Watchdog
@@ -94,6 +95,22 @@ def test_an_evaluation_is_compared_with_evaluations(watched):
     with timeline.phase("evaluate"):
         clock.now += 500
         assert not watchdog.look()
+
+
+def test_an_evaluation_of_the_whole_split_is_not_compared_with_those_of_some_batches(watched):
+    clock, timeline, watchdog, said = watched
+    config = EvaluationConfig(num_batches=2)
+    for _ in range(5):
+        _spend(timeline, clock, config.phase(whole=False), 2)
+    with timeline.phase(config.phase(whole=True)):
+        clock.now += PATIENCE - 1
+        assert not watchdog.look()
+        clock.now += 2
+        assert watchdog.look()
+    assert "it is one of the first of its kind, nothing is known" in said[0]
+    assert not any(timeline.stalls.values())
+    # Where all are of the whole split they are of one kind.
+    assert EvaluationConfig().phase(whole=True) == EvaluationConfig().phase(whole=False)
 
 
 def test_a_recompilation_is_told_once(watched, tmp_path):
