@@ -73,6 +73,7 @@ class Finished(NamedTuple):
       document_ids: of these rows.
       data_state: of the data behind it.
       order: hash of the data read up to it, once that is heard.
+      ended: `time.perf_counter()` when it was done, if it was before the next one was dispatched; else None.
     """
 
     step: int
@@ -83,6 +84,7 @@ class Finished(NamedTuple):
     document_ids: list[str]
     data_state: dict[str, Any]
     order: str = ""
+    ended: float | None = None
 
 
 class Verdict(enum.Enum):

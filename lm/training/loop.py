@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import threading
+import time
 from collections.abc import Callable
 
 import jax
@@ -195,8 +196,10 @@ class TrainLoop:
                 ) from error
             if self._one_at_a_time:
                 jax.block_until_ready((metrics, word))
+        # On a CPU a step is over when its dispatch is, though it is noted a step later.
+        is_over = all(leaf.is_ready() for leaf in jax.tree.leaves(metrics))
         self.step = number
-        return finished._replace(metrics=metrics)
+        return finished._replace(metrics=metrics, ended=time.perf_counter() if is_over else None)
 
     def _too_many_skipped(self, state: TrainState, finished: Finished) -> SickRunError:
         """Looks into a step that changed nothing, and returns the report."""
@@ -242,6 +245,7 @@ class TrainLoop:
         step = finished.step
         with self._timeline.phase("step"):
             values = means(jax.device_get(finished.metrics))
+        ended = time.perf_counter() if finished.ended is None else finished.ended
         self._timeline.step_done()
         digest, stop = self._agreement.hear(finished.word)
         self._stopping.hear(stop)
@@ -251,7 +255,8 @@ class TrainLoop:
         verdict = self._health.judge(finished, values, self.counters)
         if verdict is not Verdict.GO_ON:
             self._verdict = (verdict, finished)
-        self._recorder.stepped(step, values, self.counters, self.batches.statistics(), finished.order, last=last)
+        data = self.batches.statistics()
+        self._recorder.stepped(step, values, self.counters, data, finished.order, ended=ended, last=last)
 
     def _evaluate_and_save(self, state: TrainState) -> None:
         if self.measuring.is_due(self.step) and not self._evaluate(state, whole=False):

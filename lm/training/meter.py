@@ -34,28 +34,32 @@ class Meter:
         self.tokens_per_second = math.nan
         self.restart()
 
-    def restart(self) -> None:
-        """Forgets what was measured, after an evaluation or a save."""
-        self._start = self._last = time.perf_counter()
+    def restart(self, at: float | None = None) -> None:
+        """Forgets what was measured, after an evaluation or a save; `at`: `time.perf_counter()`, now if None."""
+        self._start = self._last = time.perf_counter() if at is None else at
         self._steps, self._tokens, self._waiting = 0, 0.0, 0.0
 
     def waited(self, seconds: float) -> None:
         """Adds time spent waiting for a batch."""
         self._waiting += seconds
 
-    def stepped(self, tokens: float) -> None:
-        """Adds one finished step; the first one of a process is compilation and not counted."""
+    def stepped(self, tokens: float, ended: float) -> None:
+        """Adds one finished step; the first one of a process is compilation and not counted.
+
+        Args:
+          tokens: that it saw.
+          ended: `time.perf_counter()` when it was done, which may be a step before it is told here.
+        """
         if self._skip_first:
             self._skip_first = False
-            self.restart()
+            self.restart(ended)
             return
-        now = time.perf_counter()
         self._all_tokens += tokens
-        self._all_seconds += now - self._last
-        self._last = now
+        self._all_seconds += ended - self._last
+        self._last = ended
         self._steps += 1
         self._tokens += tokens
-        self.tokens_per_second = self._tokens / max(now - self._start, 1e-9)
+        self.tokens_per_second = self._tokens / max(ended - self._start, 1e-9)
 
     @property
     def overall(self) -> float:
@@ -66,7 +70,7 @@ class Meter:
         """Returns the figures since the last reading and starts anew; empty before the second step."""
         if not self._steps:
             return {}
-        seconds = max(time.perf_counter() - self._start, 1e-9)
+        seconds = max(self._last - self._start, 1e-9)
         flops = self.step_flops * self._steps / seconds
         figures = {
             "tokens_per_second": self._tokens / seconds,
@@ -76,5 +80,5 @@ class Meter:
         }
         if self._peak is not None:
             figures["model_flops_utilization"] = flops / self._peak
-        self.restart()
+        self.restart(self._last)
         return figures

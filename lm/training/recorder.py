@@ -56,6 +56,7 @@ class Recorder:
         data: Mapping[str, float],
         order: str,
         *,
+        ended: float,
         last: bool,
     ) -> None:
         """Notes one finished step, and writes it down if it is time to.
@@ -66,9 +67,10 @@ class Recorder:
           counters: of the run, this step included.
           data: figures of the data.
           order: hash of the data read up to it.
+          ended: `time.perf_counter()` when it was done.
           last: whether no other step follows in this process.
         """
-        self.meter.stepped(values["seen_tokens"])
+        self.meter.stepped(values["seen_tokens"], ended)
         self._progress.update(step, values["loss"], self.meter.tokens_per_second)
         if step % self._config.logging.every and step not in (1, self._config.num_steps) and not last:
             return

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 
+import jax
 import pytest
 
 from configs import roberta
@@ -24,6 +25,7 @@ from lm.evaluation.heldout import make_evaluate
 from lm.experiment import CheckpointConfig, EvaluationConfig
 from lm.objectives import ROBERTA
 from lm.training import checkpoints as checkpoints_module
+from lm.training.advance import Advance
 from lm.training.checkpoints import CheckpointError, Checkpoints
 from lm.training.events import Events, read_events
 from lm.training.logging import read_metrics
@@ -51,6 +53,22 @@ def test_a_finished_run_started_again_adds_nothing(tmp_path, corpus, capfd):
     assert [line["step"] for line in _lines(tmp_path, "train")] == [1, 2, 3, 4]
     assert [line["step"] for line in _lines(tmp_path, "validation")] == [4]
     assert "nan" not in capfd.readouterr().err
+
+
+def test_every_step_is_timed_by_its_own_end(tmp_path, corpus, monkeypatch):
+    """A step is noted when the next one was dispatched: on a CPU, long after it was over; the last one at once."""
+    advance = Advance.__call__
+
+    def take_long(self, state, batch, step):
+        result = jax.block_until_ready(advance(self, state, batch, step))
+        time.sleep(0.05)
+        return result
+
+    monkeypatch.setattr(Advance, "__call__", take_long)
+    assert train(tiny(corpus, num_steps=5, checkpoint=CheckpointConfig(every=2)), str(tmp_path), make_evaluate)
+    seconds = [line["seconds_per_step"] for line in _lines(tmp_path, "train")[1:]]
+    assert len(seconds) == 4
+    assert min(seconds) >= 0.05
 
 
 def test_data_that_end_where_an_evaluation_is_due_are_still_scored_whole(tmp_path, monkeypatch):
