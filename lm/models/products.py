@@ -40,7 +40,7 @@ def contract(equation: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax
 
 
 def inner(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns the sum of `x * y`, float32, over the last axis, which is kept with size one.
+    """Returns the sum of `x * y`, both float32, over the last axis, which is kept with size one.
 
     XLA:CPU computes a sum of products of two arrays within the matrix product that reads it, ten times as slowly as
     the product with a vector of ones.
