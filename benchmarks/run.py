@@ -73,6 +73,14 @@ def _check() -> list[str]:
     for dtype in _DTYPES.value:
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"--dtypes: {dtype!r} is neither float32 nor bfloat16")
+    if not _DTYPES.value:
+        raise UserError("--dtypes is empty; give float32, bfloat16 or both")
+    if _MINUTES.value is not None and math.isnan(_MINUTES.value):
+        raise UserError("--minutes: nan is no time; give a number of minutes")
+    if _OUTPUT.value is not None:
+        path = pathlib.Path(_OUTPUT.value)
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise UserError(f"--output: {path} cannot be written; give a file in a folder that exists")
     _choose_device()
     from benchmarks import subjects
 
@@ -132,10 +140,10 @@ def _maxtext_versions(python: str) -> dict[str, str]:
     asked = "from importlib.metadata import version; print(version('maxtext'), version('jax'))"
     try:
         done = subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        maxtext, jax = done.stdout.split()
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
         how = "docs/performance.md says how to install it; or leave maxtext out of --against"
         raise UserError(f"--maxtext_python: {python} has no MaxText; {how}") from error
-    maxtext, jax = done.stdout.split()
     return {"maxtext": maxtext, "maxtext's jax": jax}
 
 

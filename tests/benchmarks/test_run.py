@@ -179,6 +179,10 @@ def test_program_writes_every_sample(tmp_path):
             "no-such-python has no MaxText; docs/performance.md",
         ),
         ("--against=maxtext --suite=gpu", "maxtext is compared on CPUs"),
+        ("--against=maxtext --maxtext_python=/bin/true", "/bin/true has no MaxText"),
+        ("--against= --output=no-such-folder/found.json", "no-such-folder/found.json cannot be written"),
+        ("--against= --dtypes=", "--dtypes is empty"),
+        ("--against= --minutes=nan", "--minutes: nan is no time"),
     ],
 )
 def test_wrong_flags_end_in_a_sentence(flag, sentence):
