@@ -75,6 +75,8 @@ def _check() -> list[str]:
             raise UserError(f"--dtypes: {dtype!r} is neither float32 nor bfloat16")
     if not _DTYPES.value:
         raise UserError("--dtypes is empty; give float32, bfloat16 or both")
+    if _MAXTEXT.value and "maxtext" not in _AGAINST.value:
+        raise UserError("--maxtext_python is read with maxtext in --against only; add it there or leave this out")
     if _MINUTES.value is not None and math.isnan(_MINUTES.value):
         raise UserError("--minutes: nan is no time; give a number of minutes")
     if _OUTPUT.value is not None:
@@ -86,7 +88,7 @@ def _check() -> list[str]:
 
     known = [*(subjects.CPU if _SUITE.value == "cpu" else subjects.GPU), *EXTRA]
     for wanted in _SUBJECTS.value:
-        if not any(name.startswith(wanted) for name in known):
+        if not wanted or not any(name.startswith(wanted) for name in known):
             raise UserError(f"--subjects: {wanted!r} begins no subject; there are {', '.join(known)}")
     # A whole name is that subject's alone, though others begin with it.
     whole, beginnings = set(_SUBJECTS.value) & set(known), tuple(set(_SUBJECTS.value) - set(known))

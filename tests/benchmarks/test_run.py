@@ -172,6 +172,8 @@ def test_program_writes_every_sample(tmp_path):
     ("flag", "sentence"),
     [
         ("--subjects=trane", "'trane' begins no subject"),
+        ("--subjects=,", "'' begins no subject"),
+        ("--maxtext_python=python3.12", "--maxtext_python is read with maxtext in --against only"),
         ("--against=mxnet", "'mxnet' is no peer"),
         ("--dtypes=float8", "'float8' is neither"),
         (
