@@ -205,7 +205,7 @@ def _few_rows(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array
     pairs = ((plan.left, plan.right), (plan.right, plan.left))
     own = ["".join(letter for letter in axes if letter not in others) for axes, others in pairs]
     sizes = dict(zip(plan.left + plan.right, left.shape + right.shape, strict=True))
-    rows, columns = (math.prod(sizes[letter] for letter in letters) for letters in own)
+    rows, columns = _own_size(left, plan.left, plan.right), _own_size(right, plan.right, plan.left)
     fewest = FEWEST_BATCH_ROWS if batch else FEWEST_ROWS
     if left.dtype != jnp.bfloat16 or (rows >= fewest and columns >= FEWEST_COLUMNS):
         return _product(plan, left, right)
