@@ -111,7 +111,8 @@ class Decoder:
                 encoder_positions=encoder_positions,
             )
         cache = self.model.init_cache(params, num_rows, length + self.max_tokens - 1, batch)
-        output = self.model.apply(params, batch, cache=cache, with_logits=False)
+        empty = not self.bidirectional_prompt
+        output = self.model.apply(params, batch, cache=cache, empty=empty, with_logits=False)
         last_B11 = (prompts.lengths - 1)[:, None, None]
         state = State(
             cache=output.cache,

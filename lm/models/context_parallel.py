@@ -273,6 +273,17 @@ def attend(
     return kernel.portable().attend(*arrays, layout, scoring)
 
 
+def is_undivided(kernel: Kernel) -> bool:
+    """Returns whether one device computes everything, and has the kernel.
+
+    Rows and positions of a prompt, unlike those of training, need not divide by the devices of a mesh.
+    """
+    if not is_placed() or current()[0].size > 1:
+        return False
+    platform = platform_of(current()[0])
+    return platform is not None and not platform_problems(kernel, platform)
+
+
 def _features(arrays: Arrays, layout: Layout, scoring: Scoring) -> Features:
     return Features(
         dropout_rate=0.0 if scoring.key is None else scoring.dropout_rate,

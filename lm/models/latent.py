@@ -139,7 +139,7 @@ class LatentAttention(nn.Module):
         scale = (settings.nope_dim + settings.rotary_dim) ** -0.5 if settings.scale is None else settings.scale
         scoring = Scoring(scale=scale, dropout_rate=settings.dropout_rate, key=fold(context.key, 0))
         layout = Layout(context.queries, context.keys, self.causal, self.layer.window)
-        if cache is None:
+        if cache is None or context.index is None:
             k_BSNH = key_up(latent_BSR)
             shared_BSNH = jnp.broadcast_to(key_BSH[:, :, None, :], (*k_BSNH.shape[:3], settings.rotary_dim))
             k_BSNH = jnp.concatenate([k_BSNH, shared_BSNH], axis=-1)
@@ -185,9 +185,10 @@ class LatentAttention(nn.Module):
         key_BTH = Einsum("BTD,DH->BTH", config, sizes=sizes, name="key_rotary")(x_BTD)
         positions = self.layer.positions or config.positions
         key_BTH = positions.rotate(key_BTH[:, :, None, :], context.queries.positions)[:, :, 0, :]
-        if cache is None or context.index is None:
+        if cache is None:
             return latent_BTR, key_BTH, cache
-        start = (0, context.index, 0)
+        start = (0, 0 if context.index is None else context.index, 0)
         latent_BSR = jax.lax.dynamic_update_slice(cache["latent"], latent_BTR.astype(cache["latent"].dtype), start)
         key_BSH = jax.lax.dynamic_update_slice(cache["key"], key_BTH.astype(cache["key"].dtype), start)
-        return latent_BSR, key_BSH, {"latent": latent_BSR, "key": key_BSH}
+        cache = {"latent": latent_BSR, "key": key_BSH}
+        return (latent_BTR, key_BTH, cache) if context.index is None else (latent_BSR, key_BSH, cache)

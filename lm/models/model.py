@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lm.batch import Batch, WeightedSum
 from lm.models.attention import Side
+from lm.models.context_parallel import is_undivided
 from lm.models.heads import label_sums
 from lm.models.layers import Parameter, row_keys
 from lm.models.multihead import Context
@@ -107,6 +108,7 @@ class Model:
         *,
         key: jax.Array | None = None,
         cache: Cache | None = None,
+        empty: bool = False,
         with_logits: bool = True,
     ) -> Output:
         """Runs the model.
@@ -117,6 +119,9 @@ class Model:
             stand anywhere and is told by segment id 0, while `positions` go on within each row.
           key: PRNG key for dropout; None is deterministic.
           cache: as from `init_cache`. More positions than it has room for must not be appended.
+          empty: whether nothing is in the cache yet, which its arrays cannot tell: then the input is all there is to
+            read, and is read by the kernel of training, where one device can run it. That kernel may not let
+            positions see ahead (`bidirectional`): leave this out for such prompts.
           with_logits: whether logits are wanted; `logits` computes them from `hidden` in chunks otherwise.
 
         Raises:
@@ -132,6 +137,8 @@ class Model:
         if cache is not None:
             cache = _append(cache, side)
             context = _cached_context(cache, side, key)
+            if empty and is_undivided(self.config.attention.kernel):
+                context = context._replace(queries=side, keys=side, index=None)
         elif self._reads_encoder:
             read = encoder_inputs(batch)
             encoded, encoder_statistics = self._count(params, read, key, method=Network.encode)

@@ -30,8 +30,9 @@ class Context(NamedTuple):
 
     Attributes:
       queries: where the T positions of the input stand.
-      keys: where the keys stand: the same without a cache, all S slots of the cache with one.
-      index: i32[], first slot of the cache that the input is written to; None without a cache.
+      keys: where the keys stand: the same without a cache or with an empty one, else all S slots of the cache.
+      index: i32[], first slot of the cache that the input is written to; None without a cache, and for an empty one,
+        whose slots are not read.
       memory_BSD: the encoder's result, or None.
       memory: where the encoder's positions stand, or None.
       bias_table_UN: table of attention biases shared by the layers, or None.
@@ -196,7 +197,7 @@ class MultiHeadAttention(nn.Module):
         layout = Layout(
             context.queries, keys, self.causal and not self.cross, None if self.cross else self.layer.window
         )
-        if cache is None:
+        if cache is None or (context.index is None and not self.cross):
             out_BTNH = attend(settings.context_parallel, settings.kernel, (q_BTNH, k_BSKH, v_BSKH), layout, scoring)
         else:
             arrays = _alike(q_BTNH, k_BSKH, v_BSKH)
@@ -216,12 +217,14 @@ class MultiHeadAttention(nn.Module):
             return k_BSKH, v_BSKH, self._memory(context), cache
         k_BTKH, v_BTKH = self._project(x_BTD, cache)
         k_BTKH = (self.layer.positions or self.config.positions).rotate(k_BTKH, context.queries.positions)
-        if cache is None or context.index is None:
+        if cache is None:
             return k_BTKH, v_BTKH, context.keys, cache
-        start = (0, 0, context.index, 0)
+        start = (0, 0, 0 if context.index is None else context.index, 0)
         for name, new_BTKH in (("key", k_BTKH), ("value", v_BTKH)):
             new_BKTH = _swap(new_BTKH).astype(cache[name].dtype)
             cache = {**cache, name: jax.lax.dynamic_update_slice(cache[name], new_BKTH, start)}
+        if context.index is None:
+            return k_BTKH, v_BTKH, context.keys, cache
         return _swap(cache["key"]), _swap(cache["value"]), context.keys, cache
 
     def _project(self, x_BSD: jax.Array | None, cache: Cache) -> tuple[jax.Array, jax.Array]:

@@ -103,6 +103,24 @@ def test_cached_equals_recomputed(name, is_prefix, lengths, seed):
     assert not out.done.any()
 
 
+@pytest.mark.parametrize("is_prefix", [False, True], ids=["causal", "prefix"])
+def test_a_prompt_is_read_by_the_kernel_of_training_where_none_sees_ahead(is_prefix):
+    """`Blocked` leaves out what lies ahead: right for causal prompts, wrong for a prefix that sees itself."""
+    model, params = make("rotary_gqa")
+    blocked = dataclasses.replace(model.config, attention=models.MultiHead(kernel=models.Blocked(blocks=2))).build()
+    prompts = pad(prompts_of(WIDTH, 3))
+    plain, other = (
+        decoder(m, bidirectional_prompt=is_prefix).start(params, prompts, jax.random.key(0)) for m in (model, blocked)
+    )
+    for kept, expected in zip(jax.tree.leaves(other), jax.tree.leaves(plain), strict=True):
+        if jnp.issubdtype(kept.dtype, jax.dtypes.prng_key):
+            continue
+        np.testing.assert_allclose(kept, expected, atol=1e-5)
+    lowered = Decoder.start.lower(decoder(blocked, bidirectional_prompt=is_prefix), params, prompts, jax.random.key(0))
+    # Scores of half of the queries with half of the keys, and not with the cache's slots.
+    assert (f"tensor<2x2x2x{WIDTH // 2}x{WIDTH // 2}xf32>" in lowered.as_text()) == (not is_prefix)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(name):
     model, params = make(name)

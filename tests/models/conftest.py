@@ -59,8 +59,8 @@ def _whole_programs():
     patch.setattr(Model, "init", jax.jit(Model.init, static_argnames="self"))
     sizes = ("self", "batch_size", "length")
     patch.setattr(Model, "init_cache", jax.jit(Model.init_cache, static_argnames=sizes))
-    for kind in (ElectraModel, Model):
-        patch.setattr(kind, "apply", jax.jit(kind.apply, static_argnames=("self", "with_logits")))
+    patch.setattr(Model, "apply", jax.jit(Model.apply, static_argnames=("self", "empty", "with_logits")))
+    patch.setattr(ElectraModel, "apply", jax.jit(ElectraModel.apply, static_argnames=("self", "with_logits")))
     yield
     patch.undo()
 

@@ -62,7 +62,7 @@ DECODERS = {
 
 @functools.cache
 def compiled(model):
-    return jax.jit(model.apply, static_argnames="with_logits")
+    return jax.jit(model.apply, static_argnames=("empty", "with_logits"))
 
 
 def run(model, params, batch, **options):
@@ -165,7 +165,7 @@ def test_padding_is_finite_forward_and_backward(config, make_batch, shake):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
-def decode(model, params, batch, lengths, prompts, steps):
+def decode(model, params, batch, lengths, prompts, steps, empty=False):
     """Prefills right-padded prompts of different lengths, then appends one token a row at a time."""
     num_rows, prompt_length = len(prompts), 6
     places = jnp.arange(prompt_length)[None, :]
@@ -173,7 +173,7 @@ def decode(model, params, batch, lengths, prompts, steps):
     prefill = jax.tree.map(lambda x: x[:, :prompt_length], batch)
     prefill = prefill._replace(segment_ids=inside, inputs=prefill.inputs * inside)
     cache = model.init_cache(params, num_rows, prompt_length + steps)
-    output = run(model, params, prefill, cache=cache)
+    output = run(model, params, prefill, cache=cache, empty=empty)
     logits = [[output.logits[row, i] for i in range(prompts[row])] for row in range(num_rows)]
     for step in range(steps):
         at = jnp.asarray([prompt + step for prompt in prompts])[:, None]
@@ -195,7 +195,7 @@ def test_cached_equals_uncached(config, make_batch, shake, prompts, prefix):
     flags = [[prompt if prefix else 0] for prompt in prompts]
     batch = make_batch([[n] for n in lengths], length=10, prefixes=flags)
     full = run(model, params, batch).logits
-    for row, cached in enumerate(decode(model, params, batch, lengths, prompts, steps)):
+    for row, cached in enumerate(decode(model, params, batch, lengths, prompts, steps, empty=not prefix)):
         np.testing.assert_allclose(cached, full[row, : lengths[row]], atol=2e-5, rtol=1e-5)
 
 
