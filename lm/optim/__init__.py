@@ -3,7 +3,9 @@
 from lm.optim.average import Average as Average
 from lm.optim.optimizer import OptimizerConfig as OptimizerConfig
 from lm.optim.optimizer import build_optimizer as build_optimizer
+from lm.optim.optimizer import norm as norm
 from lm.optim.optimizer import parameter_paths as parameter_paths
+from lm.optim.optimizer import square_sums as square_sums
 from lm.optim.roles import Role as Role
 from lm.optim.roles import role_of as role_of
 from lm.optim.roles import roles_of as roles_of

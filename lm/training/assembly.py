@@ -58,7 +58,7 @@ class Assembly:
     rules: parallel.Rules
     tokenizer: Any
     model: Any
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     state: TrainState
 
     @property

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lm import optim
 from lm.batch import Batch, WeightedSum
 from lm.experiment import Experiment, LossConfig
 from lm.training.losses import Components, TokenLosses, chunked_cross_entropy
@@ -162,7 +163,7 @@ def _named(name: str, value: np.ndarray) -> dict[str, float]:
 
 
 def make_train_step(
-    config: Experiment, model: Any, optimizer: optax.GradientTransformation, token_bytes: np.ndarray
+    config: Experiment, model: Any, optimizer: optax.GradientTransformationExtraArgs, token_bytes: np.ndarray
 ) -> Callable[[TrainState, Batch], tuple[TrainState, TrainMetrics]]:
     """Returns the pure train step; jit it with the state donated.
 
@@ -186,7 +187,8 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         grads, (sums, statistics) = gradients(model, state.params, batch, key, config)
         grads = divide_gradients(model, grads)
-        norm = optax.tree.norm(grads)
+        squares = optim.square_sums(grads)
+        norm = optim.norm(squares)
         metrics = describe(sums, batch_counts(batch, jnp.asarray(token_bytes)))
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         spike, spikes = jnp.zeros((), jnp.bool_), None
@@ -195,10 +197,10 @@ def make_train_step(
         good = finite & ~spike
         # Old parameters are read before the update begins, so that it can be done in their place.
         before = Updated(state.params, fetch(state.opt_state), state.average)
-        before, parameter_norm = jax.lax.optimization_barrier((before, optax.tree.norm(state.params)))
+        before, parameter_norm = jax.lax.optimization_barrier((before, optim.norm(optim.square_sums(state.params))))
 
         def update(before: Updated) -> Updated:
-            updates, opt_state = optimizer.update(grads, before.opt_state, before.params)
+            updates, opt_state = optimizer.update(grads, before.opt_state, before.params, squares=squares)
             params = model.after_update(before.params, optax.apply_updates(before.params, updates), statistics)
             average = None if averaging is None else averaging.update(before.average, params, state.step)
             return Updated(params, opt_state, average)
