@@ -174,7 +174,8 @@ def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
         equation = f"{plan.left},{plan.right}->{plan.left[: len(shape)]}{own}"
         return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
     if len(summed) > 1:
-        left = left.reshape(*shape, -1)
+        # Not -1: an array without rows does not tell how much is left.
+        left = left.reshape(*shape, math.prod(left.shape[len(shape) :]))
     sizes = dict(zip(plan.right, right.shape, strict=True))
     merged = plan.right
     for letters in (summed, own):

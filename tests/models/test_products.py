@@ -63,6 +63,16 @@ def test_one_row_is_padded_and_cut_again(equation):
     np.testing.assert_allclose(contract(equation, x, y, jnp.dtype("bfloat16")), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_rows_give_no_rows_and_a_gradient_of_zeros(dtype):
+    """Several letters are summed over: as one axis, their size does not follow from an array without elements."""
+    x, y = draw("BTNH", 0, dtype)[:0], draw("NHD", 1, dtype)
+    out, pull = jax.vjp(functools.partial(contract, "BTNH,NHD->BTD", dtype=jnp.dtype(dtype)), x, y)
+    dx, dy = pull(out)
+    assert (out.shape, dx.shape) == ((0, 6, 8), (0, 6, 4, 3))
+    np.testing.assert_array_equal(dy, jnp.zeros((4, 3, 8)))
+
+
 @pytest.mark.parametrize("equation", EQUATIONS)
 def test_the_left_operand_ends_with_what_is_summed(equation):
     operands, result = equation.split("->")
