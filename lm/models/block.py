@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from lm.models.layers import Norm, dropout, fold
 from lm.models.multihead import Cache, Context
+from lm.models.products import stored
 from lm.parallel import constrain
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Block(nn.Module):
         y_BTD = dropout(y_BTD, config.dropout_rate, fold(context.key, BRANCH_DROPOUT + purpose))
         x_BTD = x_BTD * config.deep_norm(self.causal)[0] + y_BTD
         if placement.after_sum:
-            x_BTD = self._norm(f"{name}_norm", x_BTD)
+            x_BTD = stored(self._norm(f"{name}_norm", x_BTD))
         return constrain(x_BTD, "batch", "residual_length", "activation_embed"), rest
 
     def _is_normalized(self, name: str) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.models.products import arrange, contract, inner
+from lm.models.products import arrange, contract, inner, stored
 
 SIZES = {"B": 2, "T": 6, "S": 5, "D": 8, "N": 4, "K": 2, "G": 2, "H": 3, "F": 7, "V": 11, "U": 4}
 EQUATIONS = [
@@ -52,6 +52,25 @@ def test_a_sum_of_products_is_one_product_with_ones():
     wanted = np.sum(np.asarray(x, np.float64) * np.asarray(y, np.float64), axis=-1, keepdims=True)
     np.testing.assert_allclose(inner(x, y), wanted, rtol=1e-5, atol=1e-6)
     assert re.search(r"\bdot\(", jax.jit(inner).lower(x, y).compile().as_text())
+
+
+def test_what_is_stored_is_the_same_and_is_computed_once():
+    special = jnp.asarray([0.0, -0.0, 2e-38, -2e-38, 3.4e38, jnp.inf, -jnp.inf, 0.1], jnp.float32)
+    np.testing.assert_array_equal(jax.jit(stored)(special).view(jnp.int32), special.view(jnp.int32))
+    assert np.isnan(stored(jnp.float32(jnp.nan)))
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(stored(x) * special[-1]))(special), special[-1])
+
+    def multiply(keep, x, y, w):
+        """A product and the gradient of its weight, for which a transposed copy is made."""
+        kept = keep((x - y) * 2.0)
+        return contract("BD,DF->BF", kept, w, kept.dtype), contract("BD,BF->DF", kept, x, kept.dtype)
+
+    arrays = jnp.ones((64, 48)), jnp.ones((64, 1)), jnp.ones((48, 48))
+    differences = [
+        jax.jit(functools.partial(multiply, keep)).lower(*arrays).compile().as_text().count(" subtract(")
+        for keep in (stored, lambda x: x)
+    ]
+    assert differences == [1, 2]
 
 
 @pytest.mark.parametrize("equation", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,NHD->BTNH", "BTD,VD->BTV", "BTD,D->BT"])
