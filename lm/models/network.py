@@ -16,6 +16,7 @@ from lm.models.attention import Side
 from lm.models.heads import Classifier, Head
 from lm.models.layers import Einsum, Norm, Table, dropout, fold
 from lm.models.multihead import Context
+from lm.models.products import stored
 from lm.models.stack import Stack, Sums
 from lm.parallel import constrain
 
@@ -73,7 +74,7 @@ class Tower(nn.Module):
         stack = Stack(config, self.num_layers, self.causal, self.cross, name="stack")
         x_BTD, caches, losses, metrics = stack(x_BTD, context, caches)
         if config.final_norm:
-            x_BTD = Norm(config.norm, config.compute_dtype, name="final_norm")(x_BTD)
+            x_BTD = stored(Norm(config.norm, config.compute_dtype, name="final_norm")(x_BTD))
         return x_BTD, caches, losses, metrics
 
     def _embed(self, x_BTZ: jax.Array, inputs: Inputs) -> jax.Array:
