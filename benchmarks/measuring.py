@@ -257,8 +257,9 @@ class Comparison:
         """
         rows: list[Row] = []
         waiting = [self.contenders]
+        number = 0
         while waiting:
-            turns = _Turns(self, say, until)
+            turns = _Turns(self, number, say, until)
             try:
                 for contender in waiting.pop(0):
                     turns.add(contender)
@@ -271,6 +272,7 @@ class Comparison:
                 turns.stop()
             rows.extend(turns.finished())
             waiting += [(contender,) for contender in turns.lacking]
+            number += 1
         return sorted(rows, key=lambda row: list(self.work).index(row.part))
 
 
@@ -283,7 +285,8 @@ class _Turns:
       lacking: contenders that found no memory beside the others.
     """
 
-    def __init__(self, comparison: Comparison, say: Callable[[str], None], until: float) -> None:
+    def __init__(self, comparison: Comparison, number: int, say: Callable[[str], None], until: float) -> None:
+        self._number = number
         self.workers: list[Worker] = []
         self.num_rounds = 0
         self.lacking: list[Contender] = []
@@ -369,6 +372,7 @@ class _Turns:
                 tokens,
                 flops,
                 note=comparison.note,
+                turns=self._number,
             )
 
     def _leave_out(self, contender: Contender, failure: ContenderError) -> None:

@@ -42,6 +42,7 @@ class Row:
       bandwidth: bytes/s of this machine's memory in the same run, the best of all contenders.
       facts: of the contender.
       note: what a reader must know of the subject.
+      turns: a number for each group of contenders that took turns; one that found no room among them ran alone.
     """
 
     subject: str
@@ -58,6 +59,7 @@ class Row:
     bandwidth: float = 0.0
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ""
+    turns: int = 0
 
     @property
     def seconds(self) -> float:
@@ -71,11 +73,14 @@ class Row:
         return (max(clocks) - min(clocks)) / self.seconds
 
     def speedup_over(self, other: "Row") -> tuple[float, float]:
-        """Returns how many times faster this is: medians over rounds of the ratios by clock and by processor.
+        """Returns how many times faster this is, by clock and by processor: medians over rounds of the ratios.
 
-        One that was measured alone may have fewer rounds.
+        Of two that did not take turns, the ratios of their medians: their rounds have nothing to do with each other.
         """
-        pairs = list(zip(other.samples, self.samples, strict=False))
+        if self.turns != other.turns:
+            processors = [statistics.median(s.processor for s in row.samples) for row in (other, self)]
+            return other.seconds / self.seconds, processors[0] / max(processors[1], 1e-9)
+        pairs = list(zip(other.samples, self.samples, strict=True))
         return (
             statistics.median(theirs.clock / ours.clock for theirs, ours in pairs),
             statistics.median(theirs.processor / max(ours.processor, 1e-9) for theirs, ours in pairs),

@@ -99,6 +99,9 @@ def test_faster_is_theirs_over_ours_round_by_round():
     mine = Row("s", "float32", "step", "lm", 1.0, None, [Sample(1.0, 2.0), Sample(4.0, 4.0)], 100, 1e9, 1e9)
     peer = dataclasses.replace(mine, who="torch", samples=[Sample(3.0, 2.0), Sample(12.0, 4.0)])
     assert mine.speedup_over(peer) == (3.0, 1.0)
+    # One that ran alone had other rounds, and another number of them.
+    alone = dataclasses.replace(peer, samples=[Sample(10.0, 4.0)] * 3, turns=1)
+    assert mine.speedup_over(alone) == (4.0, 4.0 / 3.0)
     ours_line, theirs_line = lines([mine, peer])
     assert theirs_line.split()[-2:] == ["3.00", "1.00"]
     assert "lm" in ours_line.split()
