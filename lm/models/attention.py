@@ -95,8 +95,7 @@ class RelativeVectors:
     """Vectors of relative positions that are added to keys and values (Shaw et al. 2018); a pytree of its tables.
 
     Attributes:
-      keys_UH: f32[U, H].
-      values_UH: f32[U, H].
+      keys_UH, values_UH: f32[U, H].
       rows: maps i32 distances (key position minus query position) to rows of the tables.
     """
 
@@ -187,8 +186,8 @@ class Features(NamedTuple):
       biased: whether positions enter the scores.
       window: whether far keys are hidden.
       dtype: of the arrays.
-      key_width: channels of a head's queries and keys.
-      value_width: channels of a head's values.
+      key_width, value_width: channels of a head's queries and keys, and of its values.
+      old_gpu: whether the devices are GPUs before Hopper, as far as is known.
     """
 
     dropout_rate: float
@@ -199,6 +198,7 @@ class Features(NamedTuple):
     dtype: str
     key_width: int
     value_width: int
+    old_gpu: bool = False
 
 
 def group(q_BTNH: jax.Array, num_kv_heads: int) -> jax.Array:

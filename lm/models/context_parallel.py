@@ -24,6 +24,7 @@ from lm.parallel import (
     current,
     deal,
     gather_length,
+    is_old_gpu,
     is_placed,
     num_shards,
     platform_of,
@@ -294,4 +295,5 @@ def _features(arrays: Arrays, layout: Layout, scoring: Scoring) -> Features:
         dtype=str(arrays[0].dtype),
         key_width=arrays[0].shape[-1],
         value_width=arrays[2].shape[-1],
+        old_gpu=is_old_gpu(current()[0]),
     )

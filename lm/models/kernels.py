@@ -100,7 +100,7 @@ class Cudnn:
         )
         if features.dtype != "bfloat16":
             problems.append(f"config.model.dtype: the kernel Cudnn computes in bfloat16, not in {features.dtype}")
-        if features.key_width % 8 or features.key_width > 256:
+        if features.key_width % 8 or features.key_width > (128 if features.old_gpu else 256):
             problems.append(
                 f"config.model.head_dim: the kernel Cudnn takes multiples of 8 up to 256 (128 before Hopper), not"
                 f" {features.key_width}"

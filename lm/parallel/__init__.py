@@ -8,6 +8,7 @@ from lm.parallel.axes import constrain as constrain
 from lm.parallel.axes import current as current
 from lm.parallel.axes import inside as inside
 from lm.parallel.axes import is_divided as is_divided
+from lm.parallel.axes import is_old_gpu as is_old_gpu
 from lm.parallel.axes import is_on_cpu as is_on_cpu
 from lm.parallel.axes import is_placed as is_placed
 from lm.parallel.axes import num_shards as num_shards

@@ -182,6 +182,13 @@ def platform_of(mesh: Mesh | AbstractMesh) -> str | None:
     return None if devices is None else devices.flat[0].platform
 
 
+def is_old_gpu(mesh: Mesh | AbstractMesh) -> bool:
+    """Returns whether the devices of a mesh are NVIDIA GPUs before Hopper (compute capability 9.0)."""
+    capability = getattr(mesh.devices.flat[0], "compute_capability", "") if isinstance(mesh, Mesh) else ""
+    major = str(capability).partition(".")[0]  # other makers' have letters
+    return major.isdigit() and int(major) < 9
+
+
 def is_on_cpu() -> bool:
     """Returns whether the devices of the mesh in force are CPUs; False without a mesh, or with one without devices."""
     scope = _SCOPES[-1] if _SCOPES else None

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from typing import ClassVar, Literal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +139,17 @@ def test_auto_chooses_by_platform_and_feature():
     assert choose("cpu", dtype="float32") == Blocked(blocks=4)
     assert choose("tpu", window=True) == choose("gpu", dtype="float32") == choose("cpu", dropout_rate=0.1) == Plain()
     assert choose("cpu", num_pairs=1 << 23) == choose("gpu", num_pairs=1 << 23, sinks=True) == Chunked()
+    # Wide heads need a Hopper.
+    assert choose("gpu", key_width=256, value_width=256) == choose("gpu", old_gpu=True) == Cudnn()
+    assert choose("gpu", key_width=256, value_width=256, old_gpu=True) == Plain()
     # Only the plain kernel drops weights.
     assert choose("tpu", num_pairs=1 << 23, dropout_rate=0.1) == Plain()
+
+
+@pytest.mark.parametrize(("capability", "old"), [("8.0", True), ("9.0", False), ("10.3", False), ("gfx90a", False)])
+def test_gpus_before_hopper_are_told_by_their_compute_capability(capability, old):
+    device = mock.Mock(compute_capability=capability, platform="gpu", id=0, process_index=0)
+    assert parallel.is_old_gpu(jax.sharding.Mesh(np.asarray([device], object), ("data",))) == old
 
 
 def test_auto_computes_on_this_platform():
