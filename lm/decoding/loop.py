@@ -16,7 +16,7 @@ import numpy as np
 
 from lm.batch import Batch
 from lm.decoding.prompts import DecodingError, Prompts
-from lm.decoding.sampling import Sampling
+from lm.decoding.sampling import Sampling, log_probability
 
 
 class State(NamedTuple):
@@ -192,8 +192,7 @@ class Decoder:
             choices_BV = jnp.where(allowed_V[None], logits_BV, -jnp.inf)
         drawn = self.sampling.sample(choices_BV, keys)
         token = jnp.where(state.done, 0, drawn)
-        log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits_BV, axis=1), token[:, None], axis=1)
-        log_prob = jnp.where(state.done[:, None], 0.0, log_prob)
+        log_prob = jnp.where(state.done, 0.0, log_probability(logits_BV, token))[:, None]
         stops = functools.reduce(jnp.logical_or, [token == i for i in self.stop_ids], jnp.zeros_like(state.done))
         going = (~state.done).astype(jnp.int32)
         return state._replace(

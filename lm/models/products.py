@@ -168,9 +168,6 @@ def arranged_einsum(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     apart = min(_own_size(*first, second[1]), _own_size(*second, first[1])) >= FEWEST_ROWS
     left, right = _transposed(*first, plan.left, apart), _transposed(*second, plan.right, apart)
     product = _few_rows(plan, left, right)
-    # Without the barrier, XLA:CPU turns the transpose of a product into a product of transposes: a form that it
-    # cannot run ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jax 0.10.2).
-    product = jax.lax.optimization_barrier(product)
     return jnp.transpose(product, [plan.result.index(letter) for letter in result])
 
 
@@ -182,37 +179,42 @@ def _own_size(x: jax.Array, axes: str, others: str) -> int:
 def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
     """Multiplies arranged operands.
 
-    What is summed over, and the right operand's own axes, are one axis each: XLA:CPU would bring a right operand of
-    more axes to another order with a copy of the whole.
+    What is summed over, and the own axes of either operand, are one axis each: XLA:CPU would bring a right operand of
+    more axes to another order with a copy of the whole, and computes what is made of a product in the memory of that
+    product only where both have one shape (the exponentials of logits). Without the barrier, it turns the transpose
+    of a product into a product of transposes: a form that it cannot run ("Unsupported element type for DotThunk:
+    BF16 x BF16 = F32", jax 0.10.2).
     """
-    summed = "".join(letter for letter in plan.left if letter in plan.right and letter not in plan.result)
-    own = "".join(letter for letter in plan.right if letter not in plan.left)
-    shape = left.shape[: left.ndim - len(summed)]
     if is_length_divided():
-        equation = f"{plan.left},{plan.right}->{plan.left[: len(shape)]}{own}"
-        return jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
-    if len(summed) > 1:
+        equation = f"{plan.left},{plan.right}->{plan.result}"
+        return jax.lax.optimization_barrier(jnp.einsum(equation, left, right, preferred_element_type=jnp.float32))
+    summed = "".join(letter for letter in plan.left if letter in plan.right and letter not in plan.result)
+    # Rows that devices divide may be several axes, each with devices of its own.
+    rows = "" if is_divided() else _own(plan.left, plan.right)
+    groups = summed, rows, _own(plan.right, plan.left)
+    sizes = dict(zip(plan.left + plan.right, left.shape + right.shape, strict=True))
+
+    def merge(axes: str) -> list[str]:
+        return list(dict.fromkeys(next((group for group in groups if x in group), x) for x in axes))
+
+    def reshape(x: jax.Array, axes: str) -> jax.Array:
         # Not -1: an array without rows does not tell how much is left.
-        left = left.reshape(*shape, math.prod(left.shape[len(shape) :]))
-    sizes = dict(zip(plan.right, right.shape, strict=True))
-    merged = plan.right
-    for letters in (summed, own):
-        if len(letters) > 1:
-            merged = merged.replace(letters, letters[0])
-    right = right.reshape([math.prod(sizes[x] for x in _merged(letter, summed, own)) for letter in merged])
-    equation = f"{plan.left[: len(shape)]}{summed[:1]},{merged}->{plan.left[: len(shape)]}{own[:1]}"
-    product = jnp.einsum(equation, left, right, preferred_element_type=jnp.float32)
-    return product.reshape(*shape, *(sizes[letter] for letter in own))
+        return x.reshape([math.prod(sizes[letter] for letter in group) for group in merge(axes)])
+
+    first, second, result = ("".join(group[0] for group in merge(x)) for x in (plan.left, plan.right, plan.result))
+    operands = reshape(left, plan.left), reshape(right, plan.right)
+    product = jnp.einsum(f"{first},{second}->{result}", *operands, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product).reshape([sizes[letter] for letter in plan.result])
+
+
+def _own(axes: str, others: str) -> str:
+    """Returns the axes that the other operand lacks."""
+    return "".join(letter for letter in axes if letter not in others)
 
 
 def is_length_divided() -> bool:
     """Returns whether devices divide sequences: rows and positions, both divided, would be gathered as one axis."""
     return is_divided() and num_shards("length") > 1
-
-
-def _merged(letter: str, *groups: str) -> str:
-    """Returns the group that the letter stands for, or the letter."""
-    return next((group for group in groups if group[:1] == letter), letter)
 
 
 def _few_rows(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
@@ -221,8 +223,7 @@ def _few_rows(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array
     XLA:CPU converts both operands to float32 for one row, which takes 4 to 8 times as long as with AMX.
     """
     batch = "".join(letter for letter in plan.left if letter in plan.right and letter in plan.result)
-    pairs = ((plan.left, plan.right), (plan.right, plan.left))
-    own = ["".join(letter for letter in axes if letter not in others) for axes, others in pairs]
+    own = _own(plan.left, plan.right), _own(plan.right, plan.left)
     sizes = dict(zip(plan.left + plan.right, left.shape + right.shape, strict=True))
     rows, columns = _own_size(left, plan.left, plan.right), _own_size(right, plan.right, plan.left)
     fewest = FEWEST_BATCH_ROWS if batch else FEWEST_ROWS
@@ -237,7 +238,7 @@ def _few_rows(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array
     else:
         right, axes = _with_zeros(right, plan.right, batch, own[1], row, FEWEST_COLUMNS)
         padded = dataclasses.replace(plan, right=axes, result=batch + own[0] + row)
-    product = jax.lax.optimization_barrier(_product(padded, left, right))
+    product = _product(padded, left, right)
     kept = jax.lax.slice_in_dim(product, 0, rows if few_left else columns, axis=padded.result.index(row))
     return kept.reshape([sizes[letter] for letter in plan.result])
 

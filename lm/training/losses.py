@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from lm.batch import WeightedSum
 from lm.experiment import LossConfig
-from lm.parallel import by_platform
+from lm.parallel import by_platform, is_divided
 
 
 class TokenLosses(NamedTuple):
@@ -48,7 +48,7 @@ def reduce_vocabulary(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax
 
 
 def _is_target(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    return targets_BT[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, 2)
+    return targets_BT[..., None] == jax.lax.broadcasted_iota(jnp.int32, logits_BTV.shape, logits_BTV.ndim - 1)
 
 
 def _target_logit(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
@@ -135,7 +135,11 @@ def cross_entropy(
     """
     logits_BTV = logits_BTV.astype(jnp.float32)
     size = logits_BTV.shape[-1]
-    normalizer_BT, target_logit_BT, largest_BT, sum_BT = reduce_vocabulary(logits_BTV, targets_BT)
+    # Where nothing is divided, as rows of one axis, as they come out of the product: XLA:CPU then computes the
+    # exponentials in the logits' memory.
+    shape = targets_BT.shape if is_divided() else (targets_BT.size,)
+    reduced = reduce_vocabulary(logits_BTV.reshape(*shape, size), targets_BT.reshape(shape))
+    normalizer_BT, target_logit_BT, largest_BT, sum_BT = (x.reshape(targets_BT.shape) for x in reduced)
     nll_BT = normalizer_BT - target_logit_BT
     loss_BT = nll_BT
     if config.label_smoothing:

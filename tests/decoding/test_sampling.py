@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.decoding import Sampling
+from lm.decoding.sampling import log_probability
 
 VOCAB = 13
 
@@ -90,6 +91,28 @@ def test_small_temperature_is_greedy():
     greedy = Sampling(temperature=0).sample(logits, keys)
     np.testing.assert_array_equal(greedy, np.argmax(logits, 1))
     np.testing.assert_array_equal(Sampling(temperature=1e-5).sample(logits, keys), greedy)
+
+
+@pytest.mark.parametrize("size", [1, 2, 13, 29 * 3, 120, 8192])
+def test_greedy_takes_the_first_of_the_highest(size):
+    """In vocabularies of one block and of many, with ties within a block and between blocks, and ids ruled out."""
+    logits = np.random.default_rng(size).integers(0, 4, (64, size)).astype(np.float32)
+    logits[:, : size // 3] = -np.inf
+    logits[0] = -1.0
+    keys = jax.random.split(jax.random.key(0), len(logits))
+    greedy = jax.jit(Sampling(temperature=0).sample)(logits, keys)
+    np.testing.assert_array_equal(greedy, np.argmax(logits, 1))
+
+
+@pytest.mark.parametrize("size", [2, 13, 120])
+def test_log_probability_is_that_of_the_softmax(size):
+    logits = np.random.default_rng(size).normal(size=(5, size)).astype(np.float32) * 30
+    logits[1:, : size // 2] = -np.inf  # whole blocks of them
+    ids = np.array([0, size - 1, size - 1, size // 2, 0])
+    wide = logits.astype(np.float64)
+    high = wide.max(1)
+    expected = wide[np.arange(5), ids] - high - np.log(np.exp(wide - high[:, None]).sum(1))
+    np.testing.assert_allclose(jax.jit(log_probability)(logits, ids), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_a_rows_sample_depends_on_its_own_logits_and_key_only():
