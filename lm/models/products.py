@@ -204,7 +204,10 @@ def _product(plan: Arrangement, left: jax.Array, right: jax.Array) -> jax.Array:
     first, second, result = ("".join(group[0] for group in merge(x)) for x in (plan.left, plan.right, plan.result))
     operands = reshape(left, plan.left), reshape(right, plan.right)
     product = jnp.einsum(f"{first},{second}->{result}", *operands, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(product).reshape([sizes[letter] for letter in plan.result])
+    shape = [sizes[letter] for letter in plan.result]
+    if is_divided():
+        return jax.lax.optimization_barrier(product.reshape(shape))
+    return jax.lax.optimization_barrier(product).reshape(shape)
 
 
 def _own(axes: str, others: str) -> str:
