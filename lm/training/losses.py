@@ -39,7 +39,7 @@ class TokenLosses(NamedTuple):
 
 @jax.custom_vjp
 def reduce_vocabulary(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Reduces f32 logits to logZ, the target's logit, the largest and the sum of all, each f32[B, T].
+    """Reduces f32 logits to logZ, the target's logit, the largest and the sum of all, each f32[B, T] or of one axis.
 
     The gradient is one pass over one array of the logits' size (derived step by step it would keep three). The
     largest one has no gradient.

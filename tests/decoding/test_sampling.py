@@ -105,14 +105,15 @@ def test_greedy_takes_the_first_of_the_highest(size):
 
 
 @pytest.mark.parametrize("size", [2, 13, 120])
-def test_log_probability_is_that_of_the_softmax(size):
-    logits = np.random.default_rng(size).normal(size=(5, size)).astype(np.float32) * 30
-    logits[1:, : size // 2] = -np.inf  # whole blocks of them
+@pytest.mark.parametrize("common", [0.0, 3e4])
+def test_log_probability_is_that_of_the_softmax(size, common):
+    """Whatever all logits have in common, and with whole blocks of -inf."""
+    logits = (np.random.default_rng(size).normal(size=(5, size)) * 3 + common).astype(np.float32)
+    logits[1:, : size // 2] = -np.inf
     ids = np.array([0, size - 1, size - 1, size // 2, 0])
-    wide = logits.astype(np.float64)
-    high = wide.max(1)
-    expected = wide[np.arange(5), ids] - high - np.log(np.exp(wide - high[:, None]).sum(1))
-    np.testing.assert_allclose(jax.jit(log_probability)(logits, ids), expected, rtol=1e-6, atol=1e-5)
+    wide = logits.astype(np.float64) - logits.max(1, keepdims=True)
+    expected = wide[np.arange(5), ids] - np.log(np.exp(wide).sum(1))
+    np.testing.assert_allclose(jax.jit(log_probability)(logits, ids), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_rows_sample_depends_on_its_own_logits_and_key_only():
