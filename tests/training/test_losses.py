@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lm.experiment import LossConfig
+from lm.models.products import contract
 from lm.training.losses import chunked_cross_entropy, cross_entropy
 
 
@@ -39,6 +40,20 @@ def test_cross_entropy_is_the_formula(z_loss, smoothing):
     np.testing.assert_allclose(got.loss, loss, rtol=1e-6)
     np.testing.assert_allclose(got.nll, nll, rtol=1e-6)
     assert got.weight == weights.sum()
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="its XLA makes exponentials with the maximum, elsewhere")
+def test_loss_and_its_gradient_hold_one_array_of_the_logits_size():
+    """XLA:CPU makes exponentials and gradient in the logits' memory: all have the product's shape."""
+    hidden, table = jnp.zeros((4, 32, 16)), jnp.zeros((1000, 16))
+    targets, weights = jnp.zeros((4, 32), jnp.int32), jnp.ones((4, 32))
+
+    def loss(hidden: jax.Array, table: jax.Array) -> jax.Array:
+        logits = contract("BTD,VD->BTV", hidden, table, jnp.dtype(jnp.float32))
+        return cross_entropy(logits, targets, weights, LossConfig()).loss
+
+    memory = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.5 * 4 * 32 * 1000 * 4
 
 
 def test_z_loss_known_answer():
